@@ -1,0 +1,326 @@
+"""Frozen section dataclasses and `load(schema, path, overrides) -> dataclass`.
+
+A recipe composes sections into its own schema. YAML files and `key=value` overrides are checked against the schema: an
+unknown key or a wrong type is a UserError that names the key, what was expected, and the nearest valid key.
+Per-round settings are overlays by string key: `rounds.r2.search.rollouts=16`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from rstar.types import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Which run this is and where it lives."""
+
+    name: str = "run"
+    dir: str = ""  # folder of the run; empty: runs/<name>
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClusterSection:
+    """Where search workers run."""
+
+    address: str = "inline"  # inline: this process; local: Ray on this machine; auto or host:port: join a Ray cluster
+    workers: int = 1  # search workers, each with its own engines and sandbox
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    lease: int = 4  # problems handed to a worker at a time
+    max_failures: int = 3  # worker deaths before the stage stops
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The policy's base model."""
+
+    base: str = "???"  # a folder or a hub id; "smollm2" is the registry package's SmolLM2-135M-Instruct
+    template: str = "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
+    system: str = ""  # system message for the chat template
+    few_shot: str = ""  # a YAML file of worked examples put before the question (bootstrap policies)
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """What generates and scores."""
+
+    kind: str = "hf"  # hf, vllm, openai, simulated
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda
+    max_batch: int = 64  # sequences decoded together
+    max_context: int = 2048  # tokens, prompt and continuation together
+    threads: int = 0  # CPU threads of the model; 0: all cores
+    cache_mib: int = 2048  # KV cache kept for prefixes (hf) or KV space (vllm on CPU)
+    score_batch_tokens: int = 4096  # tokens in one forward pass of the scorer
+    url: str = ""  # openai: base URL, ".../v1"
+    model: str = ""  # openai: model name on the server
+    api_key_env: str = "OPENAI_API_KEY"  # openai: the environment variable that holds the key
+    concurrency: int = 64  # openai: requests in flight
+    timeout: float = 600.0  # openai: seconds for one request
+    retries: int = 6  # openai: tries after 429, 5xx, time-outs
+    gpu_memory: float = 0.45  # vllm on GPU: share of memory for the policy; the scorer gets the same share
+    tensor_parallel: int = 1  # vllm on GPU
+    tokens_per_second: float = 0.0  # simulated: throughput model; 0: instant
+
+
+@dataclass(frozen=True)
+class SandboxSection:
+    """Bounds on untrusted code. Times in seconds of one step."""
+
+    cpu_seconds: float = 5.0
+    wall_seconds: float = 30.0  # backstop only: time-outs are decided on CPU time
+    memory_mib: int = 512
+    output_kib: int = 64
+    processes: int = 0  # zygotes; 0: one per core, at most 4
+    unsafe_local_exec: bool = False  # run without the locks where a host has none; says what is lost
+
+
+@dataclass(frozen=True)
+class ProblemsSection:
+    """Training pool and held-out set."""
+
+    name: str = "reasoning_gym"  # reasoning_gym, or a benchmark's name (gsm8k, math, ...), or "file"
+    path: str = ""  # local json/jsonl/parquet/csv; needed for "file", overrides the hub for benchmarks
+    question: str = "question"  # field names in the file
+    answer: str = "answer"
+    split: str = "train"
+    limit: int = 0  # use the first N after de-duplication; 0: all
+    heldout: int = 64  # problems kept apart for evaluation, never trained on
+    heldout_path: str = ""  # a file of its own for the held-out set
+    families: dict[str, dict[str, Any]] = field(default_factory=dict)  # reasoning_gym: level -> {family, count, heldout, settings}
+    levels: list[str] = field(default_factory=list)  # keep only these levels; empty: all
+    decontaminate: list[str] = field(default_factory=list)  # benchmarks or files whose problems are removed from the pool
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class WarmupSection:
+    """A small supervised start for base models that cannot follow the step format at all. Off in the paper's recipe."""
+
+    enabled: bool = False
+    source: str = "gsm_symbolic"  # gsm_symbolic, gsm8k (needs path), or "memorise": the pool's own worked solutions
+    path: str = ""
+    rows: int = 200
+    epochs: int = 2
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    """How a tree is grown (DESIGN section 5)."""
+
+    method: str = "mcts"  # mcts, beam, sample
+    rollouts: int = 16
+    escalate: list[int] = field(default_factory=list)  # problems without a correct answer go on by these many more
+    candidates: int = 8  # samples per expansion
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_depth: int = 16  # steps, the answer step counts
+    max_step_tokens: int = 256
+    c: float = 2.0  # exploration constant of UCT
+    selection: str = "uct"  # uct or puct
+    use_ppm: bool = False  # PPM-augmented instead of terminal-guided
+    ppm_prior_visits: int = 1  # 1: the PPM's value is a new child's first visit; 0: kept outside N
+    rollouts_in_flight: int = 1  # walks of one tree at once (virtual loss); 1 is the reference
+    trees_in_flight: int = 32  # problems searched at once by a worker
+    seeds: list[int] = field(default_factory=lambda: [0])  # one tree per problem and seed
+    checkpoint_rollouts: int = 0  # save an unfinished tree after so many rollouts; 0: only when its search is done
+
+
+@dataclass(frozen=True)
+class ExtractSection:
+    """Which rows are taken from the trees (rStar-Math section 3.4 and code)."""
+
+    sft_top: int = 2  # correct trajectories kept per problem, by mean Q
+    positives: int = 2  # per prefix
+    negatives: int = 2
+    min_margin: float = 0.5  # Q(chosen) - Q(rejected); code only, the paper has none
+    min_edit_distance: int = 20  # characters between two steps; code only
+    answer_pairs: bool = True  # final-answer pairs across trajectories
+    max_pairs_per_problem: int = 0  # 0: no cap
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """Shared by the policy's SFT and the PPM."""
+
+    epochs: float = 2
+    learning_rate: float = 7e-6
+    schedule: str = "linear"  # linear, cosine, constant
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.1
+    batch_size: int = 128  # rows per optimizer step, over all processes
+    micro_batch_tokens: int = 4096  # tokens in one forward pass of a process
+    max_length: int = 4096  # tokens of a row
+    max_grad_norm: float = 1.0
+    tree_packing: bool = True  # compute shared prefixes once; false: one sequence a row
+    dtype: str = "auto"  # autocast dtype; weights stay float32
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0  # 0: full fine-tuning
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
+    processes: int = 1  # torchrun processes on this node
+    save_steps: int = 0  # checkpoints for resuming; 0: only at the end
+
+
+@dataclass(frozen=True)
+class PpmSection(TrainSection):
+    """The process preference model."""
+
+    epochs: float = 1
+    batch_size: int = 512  # pairs per optimizer step
+    score_scale: float = 5.0  # score = tanh(raw / scale)
+    tanh_in_loss: bool = False
+    loss: str = "pairwise"  # pairwise (PPM), mse (PQM), bce (ORM)
+    heldout: float = 0.05  # share of problems kept for pair accuracy
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """What each round is measured by, on the fixed held-out set."""
+
+    methods: list[str] = field(default_factory=lambda: ["greedy", "mcts"])  # greedy, sample, beam, mcts
+    problems: int = 0  # use the first N held-out problems; 0: all
+    search_problems: int = 0  # the same for search methods
+    samples: int = 8  # of method "sample": pass@k and maj@k
+    rollouts: int = 4  # of method "mcts"
+    candidates: int = 8
+    temperature: float = 1.0
+    trajectories: int = 1  # independent searches per problem
+    top_k: int = 8  # voters among the trajectories, by PPM score
+
+
+def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file and `key=value` overrides into a frozen instance of `schema`.
+
+    A YAML file may name another as `base: other.yaml` (relative to itself), whose values it overlays.
+    Raises UserError for a missing file, broken YAML, an unknown key, or a value of the wrong type.
+    """
+    merged = _schema_node(schema)
+    for layer in _file_layers(Path(path)) if path is not None else []:
+        merged = _merge(schema, merged, layer)
+    for text in overrides:
+        merged = _merge(schema, merged, _override_node(text))
+    config = _to_object(schema, merged)
+    rounds = getattr(config, "rounds", None)
+    if isinstance(rounds, dict):
+        for name in rounds:  # an overlay with a typo is found now, not in round 3
+            if not (name.startswith("r") and name[1:].isdigit()):
+                raise UserError(f"rounds.{name}", need="round keys r1, r2, ...", how=f"write rounds.r1.{name}=...")
+            for_round(config, int(name[1:]))
+    return config
+
+
+def for_round(config: T, number: int) -> T:
+    """The configuration of round `number`: its overlay `rounds.r<number>` merged onto the shared sections."""
+    overlay = cast(Mapping[str, Any], getattr(config, "rounds", {})).get(f"r{number}")
+    if not overlay:
+        return config
+    schema = type(config)
+    merged = OmegaConf.merge(_schema_node(schema), OmegaConf.create(to_dict(config)))
+    return _to_object(schema, _merge(schema, cast(DictConfig, merged), OmegaConf.create(dict(overlay)), f"rounds.r{number}."))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of a config dataclass."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML, as `rstar config` prints it."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def digest(value: Any) -> str:
+    """Short sha256 of a JSON-able value or dataclass; the identity of a stage's settings."""
+    plain = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _schema_node(schema: type[Any]) -> DictConfig:
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, False)
+    return cast(DictConfig, node)
+
+
+def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
+    if not path.is_file():
+        raise UserError(f"no config file {path}", need="a YAML file", how="see configs/ for shipped ones")
+    if path.resolve() in seen:
+        raise UserError(f"{path} is its own base", need="a chain of `base:` files that ends")
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:  # the YAML library raises its own family of errors
+        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path} holds no mapping", need="`section:` keys at the top level")
+    base = node.pop("base", None)
+    below = _file_layers(path.parent / base, (*seen, path.resolve())) if base else []
+    return [*below, node]
+
+
+def _override_node(text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {text!r}", need="key=value", how="for example search.rollouts=16")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except Exception as error:  # YAML errors inside the value
+        raise UserError(f"override {text!r} has an unreadable value: {str(error).splitlines()[0]}") from error
+
+
+def _merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = "") -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, layer))
+    except ConfigKeyError as error:
+        key = prefix + (error.full_key or str(error.key))
+        near = difflib.get_close_matches(key.removeprefix(prefix), keys(schema), n=1, cutoff=0.0)
+        hint = f"the nearest key is {prefix}{near[0]}" if near else ""
+        raise UserError(f"unknown key {key}", need="a key of this recipe's config", how=hint) from error
+    except OmegaConfBaseException as error:
+        key = prefix + (error.full_key or "")
+        raise UserError(f"{key}: {str(error).splitlines()[0]}", need=_expected(error), how="see `rstar config FILE`") from error
+
+
+def _expected(error: OmegaConfBaseException) -> str:
+    return getattr(error.ref_type, "__name__", "") if error.ref_type is not None else "a value of the key's type"
+
+
+def _to_object(schema: type[T], node: DictConfig) -> T:
+    try:
+        return cast(T, OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"{error.full_key} has no value", need=_expected(error), how=f"set it: {error.full_key}=..."
+        ) from error
+
+
+def keys(schema: type[Any], prefix: str = "") -> list[str]:
+    """All dotted keys of a schema."""
+    found: list[str] = []
+    for name, kind in _field_types(schema).items():
+        found.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            found.extend(keys(cast(type[Any], kind), f"{prefix}{name}."))
+    return found
+
+
+def _field_types(schema: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}

@@ -1,0 +1,1 @@
+"""Text engines behind two protocols: `base.Policy` and `base.Scorer`."""

@@ -1,0 +1,50 @@
+"""The two engine protocols. The search submits and awaits; batching is the engine's own business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from rstar.types import Generation, PromptText, SamplingParams
+
+
+class EngineError(RuntimeError):
+    """The engine itself failed (died, out of memory, unreachable): an infrastructure failure, never a model's fault."""
+
+
+class Policy(Protocol):
+    """Writes continuations."""
+
+    async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
+        """Return `params.n` samples of a continuation of `prompt`, in no promised order of quality.
+
+        Raises EngineError when the engine failed; UserError when the request can never work (prompt longer than the
+        model's context).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back memory and processes. Idempotent."""
+        ...
+
+
+class Scorer(Protocol):
+    """Scores paths: the process preference model, or a verifier."""
+
+    async def score(self, prompt: PromptText, completions: Sequence[str]) -> list[float]:
+        """Score each `prompt + completion` at the completion's last token; squashed to [-1, 1] (see squash)."""
+        ...
+
+    async def close(self) -> None:
+        """Give back memory and processes. Idempotent."""
+        ...
+
+
+def squash(raw: float, scale: float) -> float:
+    """Map a raw PPM logit to [-1, 1]: tanh(raw / scale). The one place where the squash stands.
+
+    The paper has tanh in the head (rStar-Math section 3.3); the official code trains on the raw logit and scores with
+    tanh(raw / 5). `scale` is stored with each checkpoint (config key `rstar_score_scale`).
+    """
+    return math.tanh(raw / scale)

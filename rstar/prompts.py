@@ -1,0 +1,118 @@
+"""The step format: render(path) and parse(text) -> Step, inverse of each other.
+
+The format is that of DESIGN section 5, byte for byte. The model writes steps; we write `<code>`, the printed output, and
+`<answer>`. Text is cut into segments at step borders; a segment is tokenised by itself everywhere (see PromptText).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rstar.types import PromptText, Step, StepKind
+
+END_OF_STEP = "<end_of_step>"
+END_OF_CODE = "<end_of_code>"
+END_OF_ANSWER = "<end_of_answer>"
+DELIMITERS = (
+    "<code>", END_OF_STEP, END_OF_CODE, "<output>", "<end_of_output>", "<answer>", END_OF_ANSWER,
+)  # fmt: skip
+OPENING = "<code>\n"
+SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
+
+_STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """Text that is no step, and why in a few words."""
+
+    reason: str
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last balanced \\boxed{...} in `text`; None if there is none. Linear in the length of the text."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for i in range(start + len("\\boxed"), len(text)):
+            if text[i] == "{":
+                depth += 1
+            elif text[i] == "}":
+                depth -= 1
+                if depth == 0:
+                    return text[start + len("\\boxed{") : i].strip()
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def stops(after: StepKind | None) -> tuple[str, ...]:
+    """Stop strings for the step that follows a step of kind `after` (None: the first step)."""
+    return (END_OF_ANSWER,) if after is StepKind.CODE else (END_OF_STEP, END_OF_CODE)
+
+
+def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
+    """Read one step as the model wrote it, closing delimiter included.
+
+    `after` is the kind of the step before it (None for the first). Anything that is cut off, empty, out of order or
+    imitates our delimiters is Malformed; only an answer step can carry an answer, and only from its own text.
+    """
+    delimiter = next((d for d in _STOP_KIND if text.endswith(d)), None)
+    if delimiter is None:
+        return Malformed("cut off")
+    kind = _STOP_KIND[delimiter]
+    body = text[: -len(delimiter)]
+    if any(d in body for d in DELIMITERS):
+        return Malformed("imitates a delimiter")
+    if not body.strip():
+        return Malformed("empty")
+    if (after is StepKind.CODE) != (kind is StepKind.ANSWER):
+        return Malformed("answer before the code's end" if kind is StepKind.ANSWER else "code after the code's end")
+    if kind is StepKind.ANSWER:
+        answer = last_boxed(body)
+        return Malformed("no \\boxed{} answer") if not answer else Step(kind, text, answer=answer)
+    return Step(kind, text, code=body)
+
+
+def kind_of(text: str) -> StepKind:
+    """Kind of a well-formed step text, by its closing delimiter."""
+    return next(kind for d, kind in _STOP_KIND.items() if text.endswith(d))
+
+
+def segments(text: str, printed: str) -> tuple[tuple[str, bool], ...]:
+    """Segments that a step adds to the prompt: (text, whether the model wrote it).
+
+    `printed` is all that the program has printed up to and including this step; only the last code step shows it.
+    """
+    kind = kind_of(text)
+    own = (text + "\n" if kind is not StepKind.ANSWER else text, True)
+    if kind is not StepKind.CODE:
+        return (own,)
+    shown = printed.strip("\n")
+    if len(shown) > SHOWN_OUTPUT_CHARS:
+        shown = shown[:SHOWN_OUTPUT_CHARS] + "..."
+    return (own, (f"<output>{shown}<end_of_output>\n<answer>", False))
+
+
+def render(steps: Sequence[tuple[str, str]]) -> tuple[tuple[str, bool], ...]:
+    """Segments of a whole path of (step text, what that step printed), after the opening."""
+    rendered: list[tuple[str, bool]] = []
+    printed = ""
+    for text, stdout in steps:
+        printed += stdout
+        rendered.extend(segments(text, printed))
+    return tuple(rendered)
+
+
+def imitates(printed: str) -> bool:
+    """Whether printed output would read as one of our delimiters once shown."""
+    return any(d in printed for d in DELIMITERS)
+
+
+def step_prompt(wrapped_question: str) -> PromptText:
+    """Prompt of the first step: the question as the model's template wraps it, then the opening tag."""
+    return PromptText((wrapped_question, OPENING))
+
+
+SLM_TEMPLATE = "<|user|>:\n{question}\n<|assistant|>: Let's think step by step and solve the problem with code.\n"
+"""The official prompt of rounds 2-4 (rStar-Math code, `few_shots`), for checkpoints without a chat template."""
