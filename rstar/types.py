@@ -126,6 +126,7 @@ class SftRow:
     tree_id: str
     node_ids: tuple[int, ...]
     weight: float = 1.0
+    prompt_segments: tuple[str, ...] = ()  # token borders inside `prompt`; empty: the prompt is one segment
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class OutcomeRow:
     problem_id: str
     tree_id: str
     node_ids: tuple[int, ...]
+    prompt_segments: tuple[str, ...] = ()  # as in SftRow
 
 
 @dataclass(frozen=True)
