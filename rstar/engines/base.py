@@ -32,8 +32,11 @@ class Policy(Protocol):
 class Scorer(Protocol):
     """Scores paths: the process preference model, or a verifier."""
 
-    async def score(self, prompt: PromptText, completions: Sequence[str]) -> list[float]:
-        """Score each `prompt + completion` at the completion's last token; squashed to [-1, 1] (see squash)."""
+    async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
+        """Score each `prompt + completion` at the completion's last token; squashed to [-1, 1] (see squash).
+
+        A completion is a sequence of one or more segments, tokenised as in PromptText (never one bare string).
+        """
         ...
 
     async def close(self) -> None:

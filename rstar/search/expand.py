@@ -1,0 +1,206 @@
+"""One expansion: n candidates -> dedupe -> run -> classify -> grade terminals -> PPM on the live ones.
+
+Shared by every searcher, so a candidate means the same everywhere. The table of terminal reasons is DESIGN section 5's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from rstar.engines.base import Policy, Scorer
+from rstar.prompts import Malformed, imitates, kind_of, parse, render, segments, stops
+from rstar.sandbox import Session
+from rstar.tree import Node, Tree
+from rstar.types import (
+    Execution,
+    ExecutionStatus,
+    Generation,
+    Problem,
+    PromptText,
+    SamplingParams,
+    Step,
+    StepKind,
+    TerminalReason,
+)
+
+Grade = Callable[[str, Problem], Awaitable[bool]]
+"""(answer, problem) -> whether it is correct. None at test time: the ground truth must not guide a search."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a search is given."""
+
+    policy: Policy
+    scorer: Scorer | None
+    open_session: Callable[[int], Session]  # seed -> a sandbox session
+    grade: Grade | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How candidates are drawn."""
+
+    candidates: int
+    temperature: float
+    top_p: float = 1.0
+    max_step_tokens: int = 256
+    max_depth: int = 16  # steps on a path, the answer step counts
+    ppm_prior_visits: int = 1
+
+
+@dataclass
+class _Candidate:
+    """A distinct sampled text on its way to a node."""
+
+    generation: Generation
+    multiplicity: int = 1
+    step: Step | None = None
+    execution: Execution | None = None
+    terminal: TerminalReason | None = None
+    error: str = ""
+    reward: float | None = None
+    ppm_value: float | None = None
+
+
+def session_seed(problem: Problem, seed: int) -> int:
+    """Seed of the untrusted programs' random numbers: depends on the problem and the tree's seed only."""
+    return int.from_bytes(hashlib.sha256(f"{problem.id}\0{seed}".encode()).digest()[:4], "big")
+
+
+def path_prompt(tree: Tree, node: Node) -> PromptText:
+    """The prompt for a continuation of `node`: the tree's prompt, then each step as the step format renders it."""
+    steps = render([(n.text, n.stdout) for n in tree.path(node)])
+    return PromptText(tree.prompt + tuple(text for text, _ in steps))
+
+
+class Expander:
+    """Expands nodes of one tree. Holds the tree's sandbox session; everything else is in the tree."""
+
+    def __init__(self, tree: Tree, tools: Tools, sampling: Sampling) -> None:
+        self.tree, self.tools, self.sampling = tree, tools, sampling
+        self._session = tools.open_session(session_seed(tree.problem, tree.seed))
+
+    async def expand(self, node: Node) -> list[Node]:
+        """Sample `candidates` continuations of `node`, add them as children and back up what is terminal.
+
+        Returns the new children. A node whose expansion yields no live child, no answer and no max_depth becomes a
+        dead end: -1, backed up once from the node itself.
+        """
+        generations = await self.sample(node, self.sampling.candidates)
+        children = await self.attach(node, generations)
+        useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
+        if not any(child.terminal in useful for child in children):
+            node.terminal, node.reward = TerminalReason.DEAD_END, -1.0
+            self.tree.backpropagate(node, -1.0)
+        return children
+
+    async def sample(self, node: Node, n: int) -> list[Generation]:
+        """Draw `n` texts after `node` and count what they cost."""
+        after = kind_of(node.text) if node.parent is not None else None
+        params = SamplingParams(
+            n=n,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            max_tokens=self.sampling.max_step_tokens,
+            stop=stops(after),
+            seed=self.tree.seed,
+        )
+        generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
+        self.tree.engine_calls += 1
+        self.tree.tokens += sum(g.tokens for g in generations)
+        return generations
+
+    async def attach(self, node: Node, generations: Sequence[Generation]) -> list[Node]:
+        """Turn generations into children of `node`: classified, run, graded, scored, and backed up where terminal."""
+        candidates = await self._classify(node, generations)
+        return [self._add(node, candidate) for candidate in candidates]
+
+    async def _classify(self, node: Node, generations: Sequence[Generation]) -> list[_Candidate]:
+        distinct: dict[str, _Candidate] = {}
+        for generation in generations:
+            if generation.text in distinct:
+                distinct[generation.text].multiplicity += 1
+            else:
+                distinct[generation.text] = _Candidate(generation)
+        candidates = list(distinct.values())
+        path = self.tree.path(node)
+        after = kind_of(node.text) if path else None
+        for candidate in candidates:
+            parsed = Malformed("cut off") if candidate.generation.cut_off else parse(candidate.generation.text, after=after)
+            if isinstance(parsed, Malformed):
+                candidate.terminal, candidate.error = TerminalReason.MALFORMED, parsed.reason
+            else:
+                candidate.step = parsed
+        await asyncio.gather(*(self._run(path, c) for c in candidates if c.step is not None and c.step.code is not None))
+        await asyncio.gather(*(self._grade(c) for c in candidates if c.step is not None and c.step.kind is StepKind.ANSWER))
+        for candidate in candidates:
+            if candidate.terminal is None and len(path) + 1 >= self.sampling.max_depth:
+                candidate.terminal, candidate.reward = TerminalReason.MAX_DEPTH, -1.0
+        await self._score(node, candidates)
+        return candidates
+
+    async def _run(self, path: Sequence[Node], candidate: _Candidate) -> None:
+        assert candidate.step is not None and candidate.step.code is not None
+        state = self._session.state([n.code for n in path if n.code is not None])
+        _, execution = await self._session.run(state, candidate.step.code)
+        candidate.execution = execution
+        if execution.status is not ExecutionStatus.OK:
+            candidate.terminal, candidate.error = TerminalReason.CODE_ERROR, execution.error or execution.status.value
+        elif candidate.step.kind is StepKind.CODE and imitates("".join(n.stdout for n in path) + execution.stdout):
+            candidate.terminal, candidate.error = TerminalReason.MALFORMED, "printed text imitates a delimiter"
+
+    async def _grade(self, candidate: _Candidate) -> None:
+        assert candidate.step is not None and candidate.step.answer is not None
+        candidate.terminal = TerminalReason.ANSWER
+        if self.tools.grade is not None:
+            correct = await self.tools.grade(candidate.step.answer, self.tree.problem)
+            candidate.reward = 1.0 if correct else -1.0
+
+    async def _score(self, node: Node, candidates: Sequence[_Candidate]) -> None:
+        """PPM on the live candidates; at test time (no grader) on the answers too, whose score is their return."""
+        if self.tools.scorer is None:
+            return
+        wanted = [
+            c for c in candidates if c.terminal is None or (c.terminal is TerminalReason.ANSWER and self.tools.grade is None)
+        ]
+        if not wanted:
+            return
+        printed = "".join(n.stdout for n in self.tree.path(node))
+        completions = [
+            [text for text, _ in segments(c.generation.text, printed + (c.execution.stdout if c.execution else ""))]
+            for c in wanted
+        ]
+        scores = await self.tools.scorer.score(path_prompt(self.tree, node), completions)
+        for candidate, score in zip(wanted, scores, strict=True):
+            candidate.ppm_value = score
+
+    def _add(self, node: Node, candidate: _Candidate) -> Node:
+        execution = candidate.execution
+        child = self.tree.add_child(
+            node,
+            text=candidate.generation.text,
+            code=candidate.step.code if candidate.step else None,
+            stdout=execution.stdout if execution else "",
+            error=candidate.error,
+            status=execution.status.value if execution else "",
+            cpu_ms=execution.cpu_ms if execution else 0.0,
+            ppm_value=candidate.ppm_value,
+            logprob=None if candidate.generation.logprob != candidate.generation.logprob else candidate.generation.logprob,
+            tokens=candidate.generation.tokens,
+            multiplicity=candidate.multiplicity,
+            terminal=candidate.terminal,
+            answer=candidate.step.answer if candidate.step else None,
+            reward=candidate.reward,
+        )
+        if child.terminal is None and child.ppm_value is not None:
+            child.visit_count = self.sampling.ppm_prior_visits
+            child.value_sum = child.ppm_value * max(1, self.sampling.ppm_prior_visits)
+        elif child.terminal is TerminalReason.ANSWER and self.tools.grade is None:
+            self.tree.backpropagate(child, child.ppm_value or 0.0)
+        elif child.reward is not None:
+            self.tree.backpropagate(child, child.reward)
+        return child

@@ -1,0 +1,118 @@
+"""Monte Carlo tree search over solution steps (rStar-Math section 3.2; DESIGN section 5).
+
+A rollout is one walk from the root that expands as it goes, until an expansion yields a terminal. A search is
+`rollouts` walks, ended early when nothing is left to select. Several walks of one tree may be in flight; each counts as
+one visit of value -1 on every node of its path while it lasts (virtual loss).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from rstar.search.expand import Expander
+from rstar.tree import Node, Tree
+from rstar.types import TerminalReason
+
+
+def uct(node: Node, parent: Node, c: float) -> float:
+    """UCT(s) = Q(s) + c sqrt(ln max(1, N_parent) / N_s) (rStar-Math Eq. 1); infinite at N_s = 0.
+
+    Walks in flight count as visits of value -1. The official code scores an unvisited child 0 (deviation D1).
+    """
+    n = node.visit_count + node.virtual_losses
+    if n == 0:
+        return math.inf
+    n_parent = max(1, parent.visit_count + parent.virtual_losses)
+    return (node.value_sum - node.virtual_losses) / n + c * math.sqrt(math.log(n_parent) / n)
+
+
+def puct(node: Node, parent: Node, c: float, prior: float) -> float:
+    """PUCT(s) = Q(s) + c P(s) sqrt(N_parent) / (1 + N_s), with the policy's sequence prior P in [0, 1]."""
+    n = node.visit_count + node.virtual_losses
+    q = (node.value_sum - node.virtual_losses) / n if n else 0.0
+    return q + c * prior * math.sqrt(max(1, parent.visit_count + parent.virtual_losses)) / (1 + n)
+
+
+def sequence_priors(nodes: Sequence[Node]) -> list[float]:
+    """Share of each sibling by sampled probability: multiplicity x exp(mean token log-probability), normalised to 1."""
+    weights = [n.multiplicity * math.exp((n.logprob or 0.0) / max(1, n.tokens)) for n in nodes]
+    total = sum(weights)
+    return [w / total for w in weights]
+
+
+def select(tree: Tree, node: Node, *, c: float, selection: str = "uct") -> Node:
+    """The live, unexhausted child of `node` with the highest score; ties go to the one created first."""
+    children = tree.selectable(node)
+    if selection == "puct":
+        priors = sequence_priors(children)
+        scores = [puct(child, node, c, prior) for child, prior in zip(children, priors, strict=True)]
+    else:
+        scores = [uct(child, node, c) for child in children]
+    return children[max(range(len(children)), key=lambda i: (scores[i], -i))]
+
+
+class Mcts:
+    """The search of one tree. The tree may be new, or loaded in the middle of its search."""
+
+    def __init__(self, expander: Expander, *, c: float = 2.0, selection: str = "uct") -> None:
+        self.tree, self.expander = expander.tree, expander
+        self.c, self.selection = c, selection
+        self._expanding: dict[int, asyncio.Event] = {}
+
+    async def search(
+        self, rollouts: int, *, in_flight: int = 1, on_rollout: Callable[[Tree], None] | None = None
+    ) -> None:
+        """Walk until `tree.rollouts_done` reaches `rollouts`, or the root is exhausted."""
+        started, begun = self.tree.rollouts_done, time.monotonic()
+        seconds_before = self.tree.seconds
+
+        async def walker() -> None:
+            nonlocal started
+            while started < rollouts and not self.tree.root.exhausted:
+                started += 1
+                await self.rollout()
+                self.tree.rollouts_done += 1
+                self.tree.seconds = seconds_before + time.monotonic() - begun
+                if on_rollout is not None:
+                    on_rollout(self.tree)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(in_flight, max(0, rollouts - started))):
+                group.create_task(walker())
+
+    async def rollout(self) -> None:
+        """One walk (pseudocode in DESIGN section 5)."""
+        node = self.tree.root
+        walked = [node]
+        node.virtual_losses += 1
+        try:
+            while not node.exhausted:
+                if not node.expanded:
+                    if not await self._expand_once(node):
+                        continue  # another walk expanded it: go on below, so that this walk brings evidence of its own
+                    if node.exhausted or any(c.terminal is TerminalReason.ANSWER for c in self.tree.children(node)):
+                        return  # everything the expansion produced is already backed up
+                node = select(self.tree, node, c=self.c, selection=self.selection)
+                walked.append(node)
+                node.virtual_losses += 1
+        finally:
+            for visited in walked:
+                visited.virtual_losses -= 1
+
+    async def _expand_once(self, node: Node) -> bool:
+        """Expand `node`, or await the walk that is already expanding it. True if this walk did it."""
+        event = self._expanding.get(node.id)
+        if event is not None:
+            await event.wait()
+            return False
+        event = self._expanding[node.id] = asyncio.Event()
+        try:
+            await self.expander.expand(node)
+            self.tree.update_exhausted(node)
+        finally:
+            del self._expanding[node.id]
+            event.set()
+        return True

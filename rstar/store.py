@@ -1,0 +1,205 @@
+"""Trees on disk: append-only shards of zstd frames, one frame a tree, one shard a worker.
+
+Each tree's frame follows a small zstd skippable frame that holds the length of the tree's frame, whether the tree is
+complete, and its id. So `zstd -d` reads a shard as plain JSON lines, an index needs no decompression, a torn tail (a
+crash in the middle of a write) is recognised and cut, and a damaged frame in the middle is refused by file and number.
+A later frame of the same tree id replaces an earlier one: that is how a tree is saved in the middle of its search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import zstandard
+
+from rstar.tree import Tree
+from rstar.types import UserError
+
+_MAGIC = 0x184D2A57  # one of zstd's skippable-frame magics; decoders pass over it
+_HEAD = struct.Struct("<II")  # magic, size of the payload
+_PAYLOAD = struct.Struct("<QB")  # length of the tree's frame, complete or not; the tree id follows
+
+
+@dataclass(frozen=True)
+class FrameRef:
+    """Where a tree's frame lies."""
+
+    path: Path
+    number: int  # of the frame in its shard, from 0
+    offset: int  # of the tree's zstd frame
+    length: int
+    tree_id: str
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a scan of a shard found."""
+
+    frames: tuple[FrameRef, ...]
+    good_bytes: int  # up to here everything is whole
+    torn_bytes: int  # the tail behind it, left by a crash
+
+
+def scan(path: Path) -> Shard:
+    """List the frames of a shard. Raises UserError naming file and frame where a middle frame's head is damaged."""
+    frames: list[FrameRef] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        offset = 0
+        while offset < size:
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size:
+                break
+            magic, payload_size = _HEAD.unpack(head)
+            if magic != _MAGIC or payload_size < _PAYLOAD.size:
+                file.seek(offset)
+                if not file.read().strip(b"\0"):  # some file systems leave a block of NULs after a crash
+                    break
+                raise UserError(
+                    f"{path} is damaged at frame {len(frames)} (byte {offset})",
+                    need="whole frames",
+                    how="restore the file, or remove this stage's folder to search these problems again",
+                )
+            payload = file.read(payload_size)
+            if len(payload) < payload_size:
+                break
+            length, complete = _PAYLOAD.unpack_from(payload)
+            start = offset + _HEAD.size + payload_size
+            if start + length > size:
+                break
+            tree_id = payload[_PAYLOAD.size :].decode("utf-8", "surrogatepass")
+            frames.append(FrameRef(path, len(frames), start, length, tree_id, bool(complete)))
+            offset = start + length
+            file.seek(offset)
+    return Shard(tuple(frames), offset, size - offset)
+
+
+def read_frame(ref: FrameRef) -> Tree:
+    """Read one tree. Raises UserError naming file and frame when its bytes are damaged."""
+    with ref.path.open("rb") as file:
+        file.seek(ref.offset)
+        data = file.read(ref.length)
+    try:
+        lines = zstandard.ZstdDecompressor().decompress(data).split(b"\n")
+        return Tree.from_rows([orjson.loads(line) for line in lines if line])
+    except (zstandard.ZstdError, orjson.JSONDecodeError) as error:
+        raise UserError(
+            f"{ref.path} is damaged in frame {ref.number} (tree {ref.tree_id}): {error}",
+            need="whole frames",
+            how="restore the file, or remove this stage's folder to search these problems again",
+        ) from error
+
+
+class TreeWriter:
+    """Appends trees to one shard. Opening an existing shard cuts a torn tail; `torn_bytes` says how much was lost."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.torn_bytes = 0
+        if path.exists():
+            shard = scan(path)
+            self.torn_bytes = shard.torn_bytes
+            if shard.torn_bytes:
+                os.truncate(path, shard.good_bytes)
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+
+    def append(self, tree: Tree) -> None:
+        """Write the tree as one frame and make it durable before returning."""
+        frame = self._compressor.compress(b"".join(orjson.dumps(row) + b"\n" for row in tree.to_rows()))
+        payload = _PAYLOAD.pack(len(frame), tree.complete) + tree.tree_id.encode("utf-8", "surrogatepass")
+        data = memoryview(_HEAD.pack(_MAGIC, len(payload)) + payload + frame)
+        while data:
+            data = data[os.write(self._fd, data) :]
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> TreeWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards of a folder in name order."""
+    return sorted(folder.glob("trees-*.jsonl.zst"))
+
+
+def index(folder: Path) -> dict[str, FrameRef]:
+    """Newest frame of each tree id in the folder, a complete one before an incomplete one; sorted by tree id."""
+    newest: dict[str, FrameRef] = {}
+    for path in shards(folder):
+        for ref in scan(path).frames:
+            if ref.complete or not (ref.tree_id in newest and newest[ref.tree_id].complete):
+                newest[ref.tree_id] = ref
+    return dict(sorted(newest.items()))
+
+
+def read_trees(folder: Path, *, complete_only: bool = True) -> Iterator[Tree]:
+    """Stream the trees of a folder in tree-id order, one in memory at a time."""
+    for ref in index(folder).values():
+        if ref.complete or not complete_only:
+            yield read_frame(ref)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> int:
+    """Write dataclass rows as JSON lines: temporary name, fsync, rename. Returns their number."""
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    with temporary.open("wb") as file:
+        for row in rows:
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return count
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY, default=str))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; UserError names the file where it is missing or broken."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
