@@ -105,10 +105,15 @@ class Trajectory:
 
     tree_id: str
     node_ids: tuple[int, ...]  # root excluded, answer node included
-    steps: tuple[str, ...]  # rendered segments, one per node
+    segments: tuple[tuple[str, bool], ...]  # rendered path: (text, whether the model wrote it)
     q_values: tuple[float, ...]  # in [-1, 1], one per node
     answer: str
     reward: float  # +1 or -1
+
+    @property
+    def mean_q(self) -> float:
+        """Mean Q over the steps, in [-1, 1]."""
+        return sum(self.q_values) / len(self.q_values)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Preference pairs for the PPM (rStar-Math section 3.3; margins and edit distance from the official code)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rapidfuzz.distance import Levenshtein
+
+from rstar.extract.trajectories import path_segments, ranked, trajectories
+from rstar.tree import Node, Tree
+from rstar.types import PreferenceRow, TerminalReason, Trajectory
+
+
+def outcome_counts(tree: Tree) -> list[tuple[int, int]]:
+    """Per node: (correct answers, wrong answers) in its subtree, itself included. Other terminals count as neither."""
+    correct, wrong = [0] * len(tree.nodes), [0] * len(tree.nodes)
+    for node in reversed(tree.nodes):  # children were created after their parents
+        if node.terminal is TerminalReason.ANSWER:
+            correct[node.id] += node.reward == 1.0
+            wrong[node.id] += node.reward == -1.0
+        if node.parent is not None:
+            correct[node.parent] += correct[node.id]
+            wrong[node.parent] += wrong[node.id]
+    return list(zip(correct, wrong, strict=True))
+
+
+def sibling_pairs(
+    siblings: Sequence[Node], counts: Sequence[tuple[int, int]], *, positives: int = 2, negatives: int = 2
+) -> list[tuple[Node, Node]]:
+    """(chosen, rejected) among siblings: highest Q that lead to a correct answer x lowest Q that lead to a wrong one.
+
+    2 x 2; where one side has a single node the other may give twice as many (1 x 4, 4 x 1). Only pairs with a higher Q
+    of the chosen one (G3).
+    """
+    good = sorted((n for n in siblings if counts[n.id][0] > 0), key=lambda n: -n.q_value)
+    bad = sorted((n for n in siblings if counts[n.id][1] > 0), key=lambda n: n.q_value)
+    n_good = positives * 2 if len(bad) == 1 else positives
+    n_bad = negatives * 2 if len(good) == 1 else negatives
+    return [(g, b) for g in good[:n_good] for b in bad[:n_bad] if g.q_value > b.q_value]
+
+
+def preference_rows(
+    tree: Tree,
+    *,
+    positives: int = 2,
+    negatives: int = 2,
+    min_margin: float = 0.5,
+    min_edit_distance: int = 20,
+    answer_pairs: bool = True,
+    max_pairs: int = 0,
+) -> list[PreferenceRow]:
+    """Pairs of one tree: at every prefix with both outcomes below it, then whole trajectories for the final answer.
+
+    Weights are 1 / (pairs that survive the filters at a prefix). `max_pairs` > 0 keeps those of the largest margin.
+    """
+    counts = outcome_counts(tree)
+    rows: list[PreferenceRow] = []
+    for node in tree.nodes:
+        if not (counts[node.id][0] and counts[node.id][1]):
+            continue
+        pairs = sibling_pairs(tree.children(node), counts, positives=positives, negatives=negatives)
+        prefix = tree.prompt + tuple(text for text, _ in path_segments(tree, node))
+        skip = len(prefix) - len(tree.prompt)
+        found = [
+            _row(
+                tree,
+                prefix,
+                _texts(tree, chosen)[skip:],
+                _texts(tree, rejected)[skip:],
+                margin=chosen.q_value - rejected.q_value,
+                kind="step",
+                ends=(chosen.id, rejected.id),
+            )
+            for chosen, rejected in pairs
+            if chosen.q_value - rejected.q_value >= min_margin
+            and Levenshtein.distance(chosen.text, rejected.text) >= min_edit_distance
+        ]
+        rows.extend(_weighted(found))
+    if answer_pairs:
+        rows.extend(_weighted(_answer_rows(tree, positives, negatives, {row.node_ids for row in rows})))
+    if max_pairs and len(rows) > max_pairs:
+        rows = sorted(rows, key=lambda row: -row.q_margin)[:max_pairs]
+    return rows
+
+
+def _answer_rows(tree: Tree, positives: int, negatives: int, taken: set[tuple[int, ...]]) -> list[PreferenceRow]:
+    """Whole trajectories: highest mean Q among the correct x lowest among the wrong; the prefix need not be shared."""
+    found = ranked(trajectories(tree))
+    good = [t for t in found if t.reward == 1.0][:positives]
+    bad = [t for t in reversed(found) if t.reward == -1.0][:negatives]
+    return [
+        _row(
+            tree,
+            tree.prompt,
+            _trajectory_texts(g),
+            _trajectory_texts(b),
+            margin=g.mean_q - b.mean_q,
+            kind="answer",
+            ends=(g.node_ids[-1], b.node_ids[-1]),
+        )
+        for g in good
+        for b in bad
+        if g.mean_q > b.mean_q and (g.node_ids[-1], b.node_ids[-1]) not in taken
+    ]
+
+
+def _row(
+    tree: Tree,
+    prompt: tuple[str, ...],
+    chosen: tuple[str, ...],
+    rejected: tuple[str, ...],
+    *,
+    margin: float,
+    kind: str,
+    ends: tuple[int, int],
+) -> PreferenceRow:
+    return PreferenceRow(
+        prompt="".join(prompt),
+        chosen="".join(chosen),
+        rejected="".join(rejected),
+        prompt_segments=prompt,
+        chosen_segments=chosen,
+        rejected_segments=rejected,
+        q_margin=margin,
+        weight=1.0,
+        kind=kind,
+        problem_id=tree.problem.id,
+        tree_id=tree.tree_id,
+        node_ids=ends,
+    )
+
+
+def _weighted(rows: list[PreferenceRow]) -> list[PreferenceRow]:
+    return [replace(row, weight=1.0 / len(rows)) for row in rows]
+
+
+def _texts(tree: Tree, node: Node) -> tuple[str, ...]:
+    return tuple(text for text, _ in path_segments(tree, node))
+
+
+def _trajectory_texts(trajectory: Trajectory) -> tuple[str, ...]:
+    return tuple(text for text, _ in trajectory.segments)

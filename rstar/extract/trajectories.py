@@ -1,0 +1,39 @@
+"""Root-to-answer paths of trees, which every extractor starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rstar.prompts import render
+from rstar.tree import Node, Tree
+from rstar.types import Trajectory
+
+
+def path_segments(tree: Tree, node: Node) -> tuple[tuple[str, bool], ...]:
+    """Segments of the path that ends in `node`: (text, whether the model wrote it)."""
+    return render([(n.text, n.stdout) for n in tree.path(node)])
+
+
+def trajectories(tree: Tree) -> list[Trajectory]:
+    """All graded answer paths of a tree in creation order of their answers."""
+    found = []
+    for leaf in tree.answers():
+        if leaf.reward is None:
+            continue
+        path = tree.path(leaf)
+        found.append(
+            Trajectory(
+                tree_id=tree.tree_id,
+                node_ids=tuple(n.id for n in path),
+                segments=path_segments(tree, leaf),
+                q_values=tuple(n.q_value for n in path),
+                answer=leaf.answer or "",
+                reward=leaf.reward,
+            )
+        )
+    return found
+
+
+def ranked(found: Iterable[Trajectory]) -> list[Trajectory]:
+    """Best first: by mean Q over the steps (root excluded, answer step included), ties by the smallest Q (G5)."""
+    return sorted(found, key=lambda t: (t.mean_q, min(t.q_values)), reverse=True)
