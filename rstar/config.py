@@ -31,6 +31,7 @@ class RunSection:
 
     name: str = "run"
     dir: str = ""  # folder of the run; empty: runs/<name>
+    rounds: int = 4
     seed: int = 0
 
 
@@ -42,7 +43,6 @@ class ClusterSection:
     workers: int = 1  # search workers, each with its own engines and sandbox
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
-    lease: int = 4  # problems handed to a worker at a time
     max_failures: int = 3  # worker deaths before the stage stops
 
 
@@ -206,6 +206,10 @@ class EvalSection:
     top_k: int = 8  # voters among the trajectories, by PPM score
 
 
+SHORTHANDS = {"problems": "problems.name", "cluster": "cluster.address", "engine": "engine.kind", "model": "model.base"}
+"""`problems=gsm8k` on the command line means `problems.name=gsm8k`, and so on."""
+
+
 def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and `key=value` overrides into a frozen instance of `schema`.
 
@@ -276,9 +280,11 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
 
 
 def _override_node(text: str) -> DictConfig:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {text!r}", need="key=value", how="for example search.rollouts=16")
+    section, dot, rest = key.strip().rpartition(".")
+    text = f"{section}{dot}{SHORTHANDS.get(rest, rest)}={value}"
     try:
         return OmegaConf.from_dotlist([text])
     except Exception as error:  # YAML errors inside the value

@@ -84,13 +84,13 @@ class Expander:
         self.tree, self.tools, self.sampling = tree, tools, sampling
         self._session = tools.open_session(session_seed(tree.problem, tree.seed))
 
-    async def expand(self, node: Node) -> list[Node]:
-        """Sample `candidates` continuations of `node`, add them as children and back up what is terminal.
+    async def expand(self, node: Node, n: int = 0) -> list[Node]:
+        """Sample `n` (0: `candidates`) continuations of `node`, add them as children and back up what is terminal.
 
         Returns the new children. A node whose expansion yields no live child, no answer and no max_depth becomes a
         dead end: -1, backed up once from the node itself.
         """
-        generations = await self.sample(node, self.sampling.candidates)
+        generations = await self.sample(node, n or self.sampling.candidates)
         children = await self.attach(node, generations)
         useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
         if not any(child.terminal in useful for child in children):

@@ -1,0 +1,49 @@
+"""From a config section to an engine: the one place where the kinds are told apart. Heavy imports happen here, late."""
+
+from __future__ import annotations
+
+from rstar.config import EngineSection
+from rstar.engines.base import Policy, Scorer
+from rstar.types import UserError
+
+KINDS = ("hf", "vllm", "openai", "simulated")
+
+
+def build_policy(section: EngineSection, model_path: str) -> Policy:
+    """A policy engine for the checkpoint at `model_path` (openai: `section.model` on the server is what generates)."""
+    match section.kind:
+        case "hf":
+            from rstar.engines.hf import HfPolicy
+
+            return HfPolicy(model_path, section)
+        case "vllm":
+            from rstar.engines.vllm import VllmPolicy
+
+            return VllmPolicy(model_path, section)
+        case "openai":
+            from rstar.engines.openai import OpenAIPolicy
+
+            return OpenAIPolicy(section, model_path or None)
+        case "simulated":
+            from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
+
+            return SimulatedPolicy(arithmetic_script, tokens_per_second=section.tokens_per_second)
+    raise UserError(f"engine.kind={section.kind}", need="one of " + ", ".join(KINDS))
+
+
+def build_scorer(section: EngineSection, model_path: str) -> Scorer:
+    """A scorer engine for the PPM checkpoint at `model_path`; beside an openai policy the PPM runs in hf."""
+    match section.kind:
+        case "hf" | "openai":
+            from rstar.engines.hf import HfScorer
+
+            return HfScorer(model_path, section)
+        case "vllm":
+            from rstar.engines.vllm import VllmScorer
+
+            return VllmScorer(model_path, section)
+        case "simulated":
+            from rstar.engines.simulated import SimulatedScorer, arithmetic_score
+
+            return SimulatedScorer(arithmetic_score)
+    raise UserError(f"engine.kind={section.kind}", need="one of " + ", ".join(KINDS))

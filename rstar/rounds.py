@@ -1,0 +1,172 @@
+"""Runs on disk: paths, stages, manifests, locks, resume (DESIGN section 7).
+
+A run is a folder with one folder per round. A stage writes its outputs under temporary names, renames them, and its
+record into the round's manifest last; a stage whose record is there is complete and is skipped. The record keeps the
+settings the stage read and the digests of its inputs, so that a stage made from other settings is refused, and changes
+to settings that it does not read are free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from rstar.config import digest
+from rstar.store import file_digest, read_json, write_json
+from rstar.types import UserError
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What the manifest keeps of a finished stage."""
+
+    stage: str
+    settings: dict[str, Any]  # the config keys this stage reads
+    inputs: dict[str, str]  # name -> digest of what it read
+    outputs: dict[str, str]  # path relative to the round's folder -> sha256
+    counts: dict[str, Any]
+    seconds: float
+    version: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Identity of this stage's result for the stages behind it."""
+        return digest({"settings": self.settings, "inputs": self.inputs, "outputs": self.outputs})
+
+
+class RoundDir:
+    """One round's folder: `round_01/{manifest.json, trees/, sft.jsonl, pairs.jsonl, policy/, ppm/, eval/}`."""
+
+    def __init__(self, root: Path, number: int) -> None:
+        self.root, self.number = root, number
+        self.path = root / f"round_{number:02d}"
+        self.trees = self.path / "trees"
+        self.sft = self.path / "sft.jsonl"
+        self.pairs = self.path / "pairs.jsonl"
+        self.policy = self.path / "policy"
+        self.ppm = self.path / "ppm"
+        self.eval = self.path / "eval"
+        self.manifest = self.path / "manifest.json"
+
+    def records(self) -> dict[str, StageRecord]:
+        """Records of the finished stages. A manifest that cannot be read counts as none: its stages are done again."""
+        if not self.manifest.exists():
+            return {}
+        try:
+            stages = read_json(self.manifest)["stages"]
+            return {name: StageRecord(**record) for name, record in stages.items()}
+        except (UserError, KeyError, TypeError):
+            print(f"warning: {self.manifest} is damaged; its stages are done again", flush=True)
+            return {}
+
+    def record(self, stage: str) -> StageRecord | None:
+        return self.records().get(stage)
+
+    def finished(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> StageRecord | None:
+        """The record of `stage` if it is complete and its outputs are there; None if it has to be run.
+
+        Raises UserError, naming the keys, where the stage was made from other settings or inputs.
+        """
+        record = self.record(stage)
+        if record is None or not all((self.path / name).exists() for name in record.outputs):
+            return None
+        changed = [*_changes(record.settings, settings), *_changes(record.inputs, inputs)]
+        if changed:
+            raise UserError(
+                f"{self.path / stage} was made from other settings: {'; '.join(changed)}",
+                need="the settings it was made from",
+                how=f"set them back, choose another run.dir, or remove {self.path} to make this round again",
+            )
+        return record
+
+    def finish(
+        self,
+        stage: str,
+        *,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        outputs: Sequence[Path],
+        counts: Mapping[str, Any],
+        seconds: float,
+    ) -> StageRecord:
+        """Write the record of a stage whose outputs are in place; the last act of a stage."""
+        record = StageRecord(
+            stage=stage,
+            settings=dict(settings),
+            inputs=dict(inputs),
+            outputs={str(p.relative_to(self.path)): path_digest(p) for p in outputs},
+            counts=dict(counts),
+            seconds=round(seconds, 2),
+            version=importlib.metadata.version("rstar"),
+        )
+        stages = {name: asdict(r) for name, r in self.records().items()}
+        stages[stage] = asdict(record)
+        write_json(self.manifest, {"round": self.number, "stages": stages})
+        return record
+
+
+@dataclass
+class RunDir:
+    """A run's folder, held by one driver at a time."""
+
+    path: Path
+    _lock: TextIO | None = field(default=None, repr=False)
+
+    def round(self, number: int) -> RoundDir:
+        """Round `number`; 0 holds the base (warm-up) and its evaluation."""
+        return RoundDir(self.path, number)
+
+    def acquire(self) -> None:
+        """Take the lock of this run. Raises UserError that names the holder when another driver has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}", need="a writable folder", how="set run.dir=PATH"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise UserError(
+                f"{self.path} is in use by {holder}", need="one driver per run folder", how="wait, or set run.dir=PATH"
+            ) from None
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(f"{socket.gethostname()} pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def path_digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of a folder's files."""
+    if path.is_file():
+        return file_digest(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return digest([(str(p.relative_to(path)), file_digest(p)) for p in files])
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Differences as "key: old -> new", nested mappings by dotted key."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found.extend(_changes(before, after, f"{prefix}{key}."))
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} -> {after}")
+    return found
