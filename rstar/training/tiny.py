@@ -1,7 +1,7 @@
 """A seeded toy model for tests and for `model.base: tiny`: every code path of a real one, in megabytes and seconds.
 
-A Llama of width 64 with a byte-level BPE of at most 600 tokens that is trained on our step format; random weights, so what
-it writes is noise. Its begin, end and padding tokens are three different ones, as the checks of rstar.tokens want.
+A Llama of width 64 with a byte-level BPE of at most 600 tokens that is trained on our step format; random weights, so
+what it writes is noise. Its begin, end and padding tokens are three different ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TEXTS = (
     "# Step 2: Add the apples he buys\napples = apples + 7\n<end_of_step>\n",
     "# Step 3: Print the total\nprint(apples)\n<end_of_code>\n<output>19<end_of_output>\n",
     "<answer>From the result, we can see that the answer is \\boxed{19}.\n<end_of_answer>",
-    "system\nYou solve problems with Python.\nassistant\nfrom sympy import symbols, solve\nresult = (3 + 4) * 5 - 6 / 2",
+    "system\nYou solve problems with Python.\nassistant\nfrom sympy import solve\nresult = (3 + 4) * 5 - 6 / 2",
     "What is the least common multiple of 12 and 18? What is 345 + 678 - 90? Calculate 23 * 45.",
 )
 

@@ -1,0 +1,226 @@
+"""Everything about tokenizers: loading and checking them, wrapping a question, prompts as token ids.
+
+A prompt is tokenised segment by segment (SegmentEncoder), so that the ids of a path are a prefix of the ids of every
+continuation. Engines and trainers share this one encoder; that is what makes their ids equal.
+
+`transformers` is imported where a tokenizer is loaded, not here: importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from rstar.prompts import SLM_TEMPLATE
+from rstar.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CACHED_SEGMENTS = 65536
+
+
+def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or a hub id. Raises UserError when there is none to load."""
+    from transformers import AutoTokenizer
+
+    name = str(path_or_id)
+    if _is_folder_name(name):
+        _check_has_tokenizer(Path(name))
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:  # transformers' way to say "no such model" and "not a tokenizer"
+        raise UserError(
+            f"no tokenizer could be loaded from {name}: {_first_line(error)}",
+            need="a model folder or a hub id",
+            how="check model.base; without network, give a local folder",
+        ) from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, template: str = "chat", name: str = "") -> None:
+    """Raise UserError unless `tokenizer` has an end token, a padding token, and what `template` needs."""
+    name = name or str(tokenizer.name_or_path) or "the model"
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name} has no end token",
+            need="eos_token",
+            how='set "eos_token" in its tokenizer_config.json',
+        )
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name} has no padding token",
+            need="pad_token, best one of its own",
+            how='set "pad_token" in its tokenizer_config.json to a token the model never writes',
+        )
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {name} has no chat template",
+            need="one, because model.template is chat",
+            how="set model.template=slm, or a text with {question}",
+        )
+
+
+def check_model_folder(path: str | Path) -> None:
+    """Raise UserError unless a model folder is whole: config, tokenizer, every shard there and not cut short.
+
+    Reads the shards' headers only, so a broken copy of a big model is found in milliseconds.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}", need="a folder with config.json", how="check model.base")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder} has no config.json", need="a whole model folder", how="copy or download it again")
+    _read_json(config)
+    _check_has_tokenizer(folder)
+    for shard in _shards(folder):
+        _check_shard(shard)
+
+
+def wrap_question(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    template: str = "chat",
+    system: str = "",
+    few_shot: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The text before the first step.
+
+    Args:
+        tokenizer: Its chat template is used where `template` is "chat"; otherwise it is not read.
+        question: The problem as text; never interpreted as a template.
+        template: "chat", "slm" (rStar-Math's own prompt), or a text that holds `{question}`.
+        system: System message, chat templates only.
+        few_shot: (question, worked solution in the step format) pairs, put before as earlier turns.
+    """
+    if template != "chat":
+        form = SLM_TEMPLATE if template == "slm" else template
+        if "{question}" not in form:
+            raise UserError(f"model.template {template!r}", need="chat, slm, or a text with {question}")
+        turns = [form.replace("{question}", q) + solution.rstrip("\n") + "\n\n" for q, solution in few_shot]
+        return "".join(turns) + form.replace("{question}", question)
+    messages = [{"role": "system", "content": system}] if system else []
+    for earlier, solution in few_shot:
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": solution}]
+    messages.append({"role": "user", "content": question})
+    from jinja2 import TemplateError
+
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError) as error:
+        raise UserError(
+            f"the chat template refused the prompt: {_first_line(error)}",
+            need="a chat template that takes these roles",
+            how="set model.system= (empty) if it has no system role, or model.template=slm",
+        ) from error
+
+
+@dataclass(frozen=True)
+class EncodedSegments:
+    """Token ids of a prompt and the end offset of each segment in them; `ends[-1] == len(ids)`."""
+
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+class SegmentEncoder:
+    """Segments to token ids, each segment by itself, so that ids never change when text is appended.
+
+    The first segment gets the begin token where the tokenizer would add one and the text does not start with it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._bos = begin_token(tokenizer)
+        self._segment_ids = lru_cache(maxsize=_CACHED_SEGMENTS)(self._tokenise)
+
+    def encode(self, segments: Iterable[str]) -> list[int]:
+        """Ids of the concatenated segments."""
+        return list(self.encode_with_borders(segments).ids)
+
+    def encode_with_borders(self, segments: Iterable[str]) -> EncodedSegments:
+        """Ids of the concatenated segments and where each segment ends."""
+        ids: list[int] = []
+        ends: list[int] = []
+        for i, segment in enumerate(segments):
+            own = self._segment_ids(segment)
+            if i == 0 and self._bos is not None and own[:1] != (self._bos,):
+                ids.append(self._bos)
+            ids.extend(own)
+            ends.append(len(ids))
+        return EncodedSegments(tuple(ids), tuple(ends))
+
+    def _tokenise(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the begin token where the tokenizer puts one before every text; None where it puts none."""
+    ids = tokenizer("a")["input_ids"]
+    return cast(int, ids[0]) if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def _is_folder_name(name: str) -> bool:
+    return Path(name).is_dir() or name.startswith(("/", "./", "../", "~"))
+
+
+def _check_has_tokenizer(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}", need="a folder with config.json", how="check model.base")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer",
+            need=f"one of {', '.join(_TOKENIZER_FILES)}",
+            how="copy the base model's tokenizer files there",
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} lists no weights", need="a weight_map", how="copy or download the model again")
+        return [folder / str(name) for name in sorted(set(weight_map.values()))]
+    return [folder / "model.safetensors"]
+
+
+def _check_shard(shard: Path) -> None:
+    """The file ends where its header says. Layout: 8 bytes header length (little endian), JSON header, tensors."""
+    again = "copy or download the model again"
+    if not shard.is_file():
+        raise UserError(f"{shard.parent} has no {shard.name}", need="every shard of the model", how=again)
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise UserError(f"{shard} is cut short in its header", need="a whole safetensors file", how=again)
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{shard} has a broken header", need="a safetensors file", how=again) from error
+    if size != 8 + length + end:
+        raise UserError(f"{shard} has {size} bytes", need=f"{8 + length + end} by its header", how=again)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", need="a whole file", how="copy or download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", need="a whole file", how="copy or download it again")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

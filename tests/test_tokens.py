@@ -1,0 +1,172 @@
+"""Tokenizer checks, prompts, segment borders, and broken model folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rstar import prompts
+from rstar.tokens import (
+    SegmentEncoder,
+    begin_token,
+    check_model_folder,
+    check_tokenizer,
+    load_tokenizer,
+    wrap_question,
+)
+from rstar.types import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture()
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+class WithBegin:
+    """The same tokenizer, but one that puts its begin token before every text, as Llama's does."""
+
+    def __init__(self, tokenizer) -> None:
+        self.inner = tokenizer
+        self.bos_token_id = tokenizer.bos_token_id
+
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        ids = self.inner(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+def test_importing_the_module_loads_neither_torch_nor_transformers():
+    code = "import sys, rstar.tokens; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=5), st.text(max_size=20))
+def test_ids_of_a_path_are_a_prefix_of_the_ids_of_its_continuation(tokenizer, segments, more):
+    encoder = SegmentEncoder(tokenizer)
+    ids = encoder.encode(segments)
+    assert encoder.encode([*segments, more])[: len(ids)] == ids
+
+
+def test_borders_are_the_ends_of_the_segments_and_the_ids_decode_to_the_text(tokenizer):
+    segments = ["What is 1 + 1?\n", "<code>\n", "x = 1 + 1\n<end_of_step>\n", ""]
+    encoded = SegmentEncoder(tokenizer).encode_with_borders(segments)
+    starts = (0, *encoded.ends[:-1])
+    pieces = [tokenizer.decode(list(encoded.ids[a:b])) for a, b in zip(starts, encoded.ends, strict=True)]
+    assert pieces == segments
+    assert encoded.ends[-1] == len(encoded.ids)
+
+
+def test_begin_token_goes_before_the_first_segment_only_and_never_twice(tokenizer):
+    begins = WithBegin(tokenizer)
+    assert begin_token(begins) == tokenizer.bos_token_id
+    assert begin_token(tokenizer) is None
+    encoder = SegmentEncoder(begins)
+    once = encoder.encode(["a", "b"])
+    assert once[0] == tokenizer.bos_token_id and once.count(tokenizer.bos_token_id) == 1
+    assert encoder.encode([tokenizer.bos_token + "a", "b"]) == once
+    assert SegmentEncoder(tokenizer).encode(["a", "b"]) == once[1:]
+    assert encoder.encode_with_borders(["a", "b"]).ends == (2, 3)
+
+
+def test_chat_template_wraps_system_few_shot_and_question_in_this_order(tokenizer):
+    text = wrap_question(tokenizer, "Q2", system="S", few_shot=[("Q1", "<code>\nA1")])
+    assert text == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n<code>\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_slm_and_own_templates_take_a_question_with_braces(tokenizer):
+    question = r"Simplify $\frac{a}{b}$ {x}"
+    slm = wrap_question(tokenizer, question, template="slm")
+    assert slm == prompts.SLM_TEMPLATE.replace("{question}", question)
+    own = wrap_question(tokenizer, question, template="Q: {question}\nA: {}", few_shot=[("1+1 {question}?", "2\n")])
+    assert own == "Q: 1+1 {question}?\nA: {}2\n\nQ: " + question + "\nA: {}"
+
+
+def test_a_template_without_a_place_for_the_question_is_a_user_error(tokenizer):
+    with pytest.raises(UserError, match="chat, slm, or a text"):
+        wrap_question(tokenizer, "Q", template="chatml")
+
+
+def test_a_chat_template_that_refuses_the_system_role_is_a_user_error(tiny_model: Path):
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match=r"no system role.*model\.system="):
+        wrap_question(tokenizer, "Q", system="S")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "template", "says"),
+    [
+        ("pad_token", "slm", "no padding token"),
+        ("eos_token", "slm", "no end token"),
+        ("chat_template", "chat", "template=slm"),
+    ],
+)
+def test_check_tokenizer_names_what_is_missing(tiny_model: Path, attribute: str, template: str, says: str):
+    tokenizer = load_tokenizer(tiny_model)
+    check_tokenizer(tokenizer, template=template)
+    setattr(tokenizer, attribute, None)
+    with pytest.raises(UserError, match=says):
+        check_tokenizer(tokenizer, template=template)
+
+
+def test_a_tokenizer_without_chat_template_serves_the_slm_template(tiny_model: Path):
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = None
+    check_tokenizer(tokenizer, template="slm")
+
+
+def test_a_whole_model_folder_passes(folder: Path):
+    check_model_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("config.json", "config.json"), ("tokenizer.json", "tokenizer"), ("model.safetensors", "model.safetensors")],
+)
+def test_a_missing_file_of_a_model_folder_is_named(folder: Path, file: str, says: str):
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=f"has no {says}"):
+        check_model_folder(folder)
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1])
+def test_truncated_weights_are_found_without_loading_them(folder: Path, keep: int):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        check_model_folder(folder)
+
+
+def test_every_shard_of_the_index_is_checked(folder: Path):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="00002-of-00002"):
+        check_model_folder(folder)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    check_model_folder(folder)
+
+
+def test_a_folder_that_is_not_there_is_a_user_error(tmp_path: Path):
+    with pytest.raises(UserError, match="no model folder"):
+        check_model_folder(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no model folder"):
+        load_tokenizer(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_tokenizer(tmp_path / "empty")
