@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from omegaconf import OmegaConf
+
+from rstar.config import ModelSection
 from rstar.prompts import SLM_TEMPLATE
 from rstar.types import UserError
 
@@ -84,7 +87,7 @@ def check_model_folder(path: str | Path) -> None:
 
 
 def wrap_question(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     question: str,
     *,
     template: str = "chat",
@@ -112,6 +115,7 @@ def wrap_question(
     messages.append({"role": "user", "content": question})
     from jinja2 import TemplateError
 
+    assert tokenizer is not None, "a chat template needs its tokenizer"
     try:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except (TemplateError, ValueError) as error:
@@ -120,6 +124,45 @@ def wrap_question(
             need="a chat template that takes these roles",
             how="set model.system= (empty) if it has no system role, or model.template=slm",
         ) from error
+
+
+def question_wrapper(path_or_id: str | Path, section: ModelSection) -> Callable[[str], str]:
+    """`wrap_question` with everything but the question fixed by the config; loads the tokenizer where it is needed.
+
+    Raises UserError where the tokenizer, the template or the few-shot file cannot serve.
+    """
+    few_shot = load_few_shot(section.few_shot) if section.few_shot else ()
+    if section.template != "chat":
+        return lambda question: wrap_question(None, question, template=section.template, few_shot=few_shot)
+    if not str(path_or_id):
+        raise UserError(
+            "model.template=chat without a model", need="a tokenizer", how="set model.base, or model.template=slm"
+        )
+    tokenizer = load_tokenizer(path_or_id)
+    check_tokenizer(tokenizer, name=str(path_or_id))
+    return lambda question: wrap_question(tokenizer, question, system=section.system, few_shot=few_shot)
+
+
+def load_few_shot(path: str | Path) -> tuple[tuple[str, str], ...]:
+    """Read worked examples: a YAML list of `question:`, `solution:` mappings, solutions in the step format."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"no few-shot file {path}", need="a YAML list of question, solution", how="check model.few_shot"
+        )
+    wrong = UserError(f"{path} is no list of worked examples", need="entries with the texts question and solution")
+    try:
+        entries = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # the YAML library raises its own family of errors
+        raise UserError(f"{path} is not readable YAML: {_first_line(error)}") from error
+    if not isinstance(entries, list):
+        raise wrong
+    examples = []
+    for entry in entries:
+        question, solution = (entry.get("question"), entry.get("solution")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(question, str) or not isinstance(solution, str):
+            raise wrong
+        examples.append((question, solution))
+    return tuple(examples)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rstar import prompts
+from rstar.config import ModelSection
 from rstar.tokens import (
     SegmentEncoder,
     begin_token,
     check_model_folder,
     check_tokenizer,
+    load_few_shot,
     load_tokenizer,
+    question_wrapper,
     wrap_question,
 )
 from rstar.types import UserError
@@ -94,6 +98,27 @@ def test_slm_and_own_templates_take_a_question_with_braces(tokenizer):
     assert slm == prompts.SLM_TEMPLATE.replace("{question}", question)
     own = wrap_question(tokenizer, question, template="Q: {question}\nA: {}", few_shot=[("1+1 {question}?", "2\n")])
     assert own == "Q: 1+1 {question}?\nA: {}2\n\nQ: " + question + "\nA: {}"
+
+
+def test_question_wrapper_takes_everything_from_the_config(tiny_model: Path, tmp_path: Path):
+    examples = tmp_path / "examples.yaml"
+    examples.write_text("- question: Q1\n  solution: |\n    <code>\n    A1\n")
+    section = ModelSection(base="x", system="S", few_shot=str(examples))
+    chat = question_wrapper(tiny_model, section)("Q2")
+    assert chat == wrap_question(load_tokenizer(tiny_model), "Q2", system="S", few_shot=[("Q1", "<code>\nA1\n")])
+    slm = question_wrapper("", dataclasses.replace(section, template="slm"))("Q2")
+    assert slm == wrap_question(None, "Q2", template="slm", few_shot=[("Q1", "<code>\nA1\n")])
+    with pytest.raises(UserError, match="template=slm"):
+        question_wrapper("", section)
+
+
+@pytest.mark.parametrize("text", ["question: a", "- question: a", "- [a, b]", "- question: 1\n  solution: 2", "- {"])
+def test_a_few_shot_file_of_another_form_is_a_user_error(tmp_path: Path, text: str):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_few_shot(tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="no few-shot file"):
+        load_few_shot(tmp_path / "none.yaml")
 
 
 def test_a_template_without_a_place_for_the_question_is_a_user_error(tokenizer):
