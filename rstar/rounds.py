@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,17 +42,18 @@ class StageRecord:
 
 
 class RoundDir:
-    """One round's folder: `round_01/{manifest.json, trees/, sft.jsonl, pairs.jsonl, policy/, ppm/, eval/}`."""
+    """One round's folder: `round_01/{manifest.json, trees-*.jsonl.zst, sft.jsonl, pairs.jsonl, policy/, ppm/, eval/, eval.json}`."""
 
     def __init__(self, root: Path, number: int) -> None:
         self.root, self.number = root, number
         self.path = root / f"round_{number:02d}"
-        self.trees = self.path / "trees"
+        self.trees = self.path  # shards trees-<worker>.jsonl.zst lie beside the manifest
         self.sft = self.path / "sft.jsonl"
         self.pairs = self.path / "pairs.jsonl"
         self.policy = self.path / "policy"
         self.ppm = self.path / "ppm"
-        self.eval = self.path / "eval"
+        self.eval = self.path / "eval"  # trees of the evaluation, a folder per method
+        self.eval_json = self.path / "eval.json"
         self.manifest = self.path / "manifest.json"
 
     def records(self) -> dict[str, StageRecord]:
@@ -170,3 +171,55 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
         elif before != after:
             found.append(f"{prefix}{key}: {before} -> {after}")
     return found
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage's work hands back for its record."""
+
+    outputs: tuple[Path, ...]
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one round, as a recipe declares it. `inputs` is asked when the stages before it are done."""
+
+    round: RoundDir
+    name: str
+    settings: dict[str, Any]
+    inputs: Callable[[], dict[str, str]]
+    run: Callable[[], StageResult]
+
+    def finished(self) -> StageRecord | None:
+        """Its record if it is complete, None if it has to be run; UserError if it was made from other settings."""
+        return self.round.finished(self.name, self.settings, self.inputs())
+
+    def execute(self) -> StageRecord:
+        """Run it, unless it is complete, and write its record."""
+        record = self.finished()
+        if record is not None:
+            return record
+        self.round.path.mkdir(parents=True, exist_ok=True)
+        inputs, begun = self.inputs(), time.monotonic()
+        result = self.run()
+        return self.round.finish(
+            self.name,
+            settings=self.settings,
+            inputs=inputs,
+            outputs=result.outputs,
+            counts=result.counts,
+            seconds=time.monotonic() - begun,
+        )
+
+
+def input_digest(round_dir: RoundDir, stage: str) -> str:
+    """Digest of an earlier stage's result. Raises UserError where that stage has not been run."""
+    record = round_dir.record(stage)
+    if record is None:
+        raise UserError(
+            f"{round_dir.path} has no finished stage {stage}",
+            need="the stages before this one",
+            how="run `rstar evolve`, or the earlier rounds and stages first",
+        )
+    return record.digest

@@ -190,6 +190,17 @@ class Generation:
     cut_off: bool  # ended by max_tokens
 
 
+@dataclass(frozen=True)
+class TrainProgress:
+    """One optimizer step of a training, as progress displays hear of it."""
+
+    step: int  # steps done
+    steps: int  # steps in all
+    loss: float
+    tokens: int  # tokens that went through the model in this step
+    seconds: float  # of this step
+
+
 @dataclass
 class Usage:
     """What a stretch of work paid for; adds up."""

@@ -24,29 +24,46 @@ from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.mcts import Mcts
 from rstar.search.sample import sample
 from rstar.store import FrameRef, TreeWriter, index, read_frame
+from rstar.tokens import question_wrapper
 from rstar.tree import Tree
-from rstar.types import Problem, TerminalReason, UserError
+from rstar.types import Problem, UserError
+
+
+@dataclass(frozen=True)
+class SearchPass:
+    """One way of searching, and where its trees go."""
+
+    folder: Path
+    search: SearchSection
+    test_time: bool = False  # the ground truth does not guide the search; answers are scored by the PPM
 
 
 @dataclass(frozen=True)
 class SearchJob:
-    """Everything a worker needs to know, small enough to travel."""
+    """Everything a worker needs to know, small enough to travel. Several passes share its engines."""
 
-    folder: Path  # where the shards go
-    search: SearchSection
+    passes: tuple[SearchPass, ...]
     engine: EngineSection
     sandbox: SandboxSection
     model: ModelSection
     policy: str  # checkpoint folder
     ppm: str = ""  # checkpoint folder of the scorer; empty: none
-    test_time: bool = False  # the ground truth does not guide the search; answers are scored by the PPM
     recipe: str = "rstar_math"
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One problem to search in one pass of a job."""
+
+    pass_index: int
+    problem: Problem
 
 
 @dataclass(frozen=True)
 class ProblemSummary:
     """What the driver hears of a finished problem."""
 
+    pass_index: int
     problem_id: str
     level: str
     solved: bool  # at test time: an answer was found
@@ -64,16 +81,19 @@ def tree_id(problem: Problem, seed: int) -> str:
     return f"{problem.id}#{seed}"
 
 
-def unfinished(problems: Iterable[Problem], search: SearchSection, folder: Path) -> list[Problem]:
-    """Problems without a complete tree for every seed in `folder`: what a restarted stage still has to do."""
-    done = {tid for tid, ref in index(folder).items() if ref.complete} if folder.exists() else set()
-    return [p for p in problems if any(tree_id(p, seed) not in done for seed in search.seeds)]
+def unfinished(problems: Iterable[Problem], job: SearchJob, pass_index: int) -> list[WorkItem]:
+    """Problems without a complete tree for every seed of the pass: what a restarted stage still has to do."""
+    one = job.passes[pass_index]
+    done = {tid for tid, ref in index(one.folder).items() if ref.complete}
+    return [WorkItem(pass_index, p) for p in problems if any(tree_id(p, seed) not in done for seed in one.search.seeds)]
 
 
-def summarise(problem: Problem, trees: Sequence[Tree], *, test_time: bool) -> ProblemSummary:
+def summarise(item: WorkItem, trees: Sequence[Tree], *, test_time: bool) -> ProblemSummary:
     """Count what the trees of one problem hold."""
+    problem = item.problem
     outcomes = Counter(node.terminal.value if node.terminal else "live" for tree in trees for node in tree.nodes[1:])
     return ProblemSummary(
+        pass_index=item.pass_index,
         problem_id=problem.id,
         level=problem.level,
         solved=any(tree.answers() for tree in trees) if test_time else any(tree.solved for tree in trees),
@@ -88,7 +108,7 @@ def summarise(problem: Problem, trees: Sequence[Tree], *, test_time: bool) -> Pr
 
 
 class SearchWorker:
-    """Grows the trees of problems, one shard of its own. `start` before use, `close` after."""
+    """Grows the trees of problems, one shard of its own per pass. `start` before use, `close` after."""
 
     def __init__(self, job: SearchJob, name: str) -> None:
         self.job, self.name = job, name
@@ -97,70 +117,67 @@ class SearchWorker:
         self._grader: Grader | None = None
         self._policy: Policy | None = None
         self._scorer: Scorer | None = None
-        self._writer: TreeWriter | None = None
-        self._earlier: dict[str, FrameRef] = {}
+        self._writers: list[TreeWriter] = []
+        self._earlier: list[dict[str, FrameRef]] = []
         self._wrap: Callable[[str], str] | None = None
 
     async def start(self) -> None:
-        """Load the engines, start the sandbox, open the shard (cutting a torn tail)."""
-        from rstar.tokens import question_wrapper
-
+        """Load the engines, start the sandbox, open the shards (cutting torn tails)."""
         job = self.job
         await self.sandbox.start()
         self._grader = Grader(self.sandbox)
         self._wrap = question_wrapper(job.policy, job.model)
         self._policy = build_policy(job.engine, job.policy)
         self._scorer = build_scorer(job.engine, job.ppm) if job.ppm else None
-        self._earlier = index(job.folder) if job.folder.exists() else {}
-        self._writer = TreeWriter(job.folder / f"trees-{self.name}.jsonl.zst")
+        self._earlier = [index(one.folder) for one in job.passes]
+        self._writers = [TreeWriter(one.folder / f"trees-{self.name}.jsonl.zst") for one in job.passes]
 
     async def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers:
+            writer.close()
         for engine in (self._policy, self._scorer):
             if engine is not None:
                 await engine.close()
         await self.sandbox.close()
 
-    async def search_problem(self, problem: Problem) -> ProblemSummary:
+    async def search_problem(self, item: WorkItem) -> ProblemSummary:
         """Grow one tree per seed, escalate while the problem has no correct answer, and store what is finished."""
-        section = self.job.search
-        trees = [self._tree(problem, seed) for seed in section.seeds]
-        targets = [section.rollouts, *(section.rollouts + more for more in section.escalate)]
-        expanders = [Expander(tree, self._tools(), self._sampling()) for tree in trees if not tree.complete]
-        for target in targets:
-            await asyncio.gather(*(self._grow(expander, target) for expander in expanders))
-            if self.job.test_time or any(tree.solved for tree in trees):
+        one = self.job.passes[item.pass_index]
+        section = one.search
+        trees = [self._tree(item, seed) for seed in section.seeds]
+        tools = self._tools(one)
+        growing = [Expander(tree, tools, _sampling(section)) for tree in trees if not tree.complete]
+        for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
+            await asyncio.gather(*(self._grow(expander, item, target) for expander in growing))
+            if one.test_time or any(tree.solved for tree in trees):
                 break
-        for expander in expanders:
+        for expander in growing:
             expander.tree.complete = True
-            self._append(expander.tree)
-        return summarise(problem, trees, test_time=self.job.test_time)
+            self._writers[item.pass_index].append(expander.tree)
+        return summarise(item, trees, test_time=one.test_time)
 
-    async def _grow(self, expander: Expander, target: int) -> None:
-        section = self.job.search
+    async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
+        section = self.job.passes[item.pass_index].search
+        writer = self._writers[item.pass_index]
+
+        def checkpoint(tree: Tree) -> None:
+            if section.checkpoint_rollouts and tree.rollouts_done % section.checkpoint_rollouts == 0:
+                writer.append(tree)
+
         match section.method:
             case "mcts":
                 mcts = Mcts(expander, c=section.c, selection=section.selection)
-                await mcts.search(target, in_flight=section.rollouts_in_flight, on_rollout=self._checkpoint)
+                await mcts.search(target, in_flight=section.rollouts_in_flight, on_rollout=checkpoint)
             case "sample":
                 if not expander.tree.root.expanded:
                     await sample(expander, target)
             case other:
                 raise UserError(f"search.method={other}", need="mcts or sample")
 
-    def _checkpoint(self, tree: Tree) -> None:
-        every = self.job.search.checkpoint_rollouts
-        if every and tree.rollouts_done % every == 0:
-            self._append(tree)
-
-    def _append(self, tree: Tree) -> None:
-        assert self._writer is not None
-        self._writer.append(tree)
-
-    def _tree(self, problem: Problem, seed: int) -> Tree:
+    def _tree(self, item: WorkItem, seed: int) -> Tree:
         assert self._wrap is not None
-        earlier = self._earlier.get(tree_id(problem, seed))
+        problem, section = item.problem, self.job.passes[item.pass_index].search
+        earlier = self._earlier[item.pass_index].get(tree_id(problem, seed))
         if earlier is not None:
             return read_frame(earlier)
         return Tree(
@@ -168,49 +185,50 @@ class SearchWorker:
             problem=problem,
             prompt=step_prompt(self._wrap(problem.question)).segments,
             recipe=self.job.recipe,
-            searcher=self.job.search.method,
-            settings=asdict(self.job.search),
+            searcher=section.method,
+            settings=asdict(section),
             seed=seed,
             policy=self.job.policy,
-            ppm=self.job.ppm,
+            ppm=self.job.ppm if section.use_ppm else "",
             worker=self.identity,
         )
 
-    def _sampling(self) -> Sampling:
-        section = self.job.search
-        return Sampling(
-            candidates=section.candidates,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            max_step_tokens=section.max_step_tokens,
-            max_depth=section.max_depth,
-            ppm_prior_visits=section.ppm_prior_visits,
-        )
-
-    def _tools(self) -> Tools:
+    def _tools(self, one: SearchPass) -> Tools:
         assert self._policy is not None and self._grader is not None
         grader = self._grader
 
         async def grade(answer: str, problem: Problem) -> bool:
             return await grader.is_equivalent(answer, problem.answer)
 
-        return Tools(self._policy, self._scorer, self.sandbox.session, None if self.job.test_time else grade)
+        scorer = self._scorer if one.search.use_ppm else None
+        return Tools(self._policy, scorer, self.sandbox.session, None if one.test_time else grade)
+
+
+def _sampling(section: SearchSection) -> Sampling:
+    return Sampling(
+        candidates=section.candidates,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_step_tokens=section.max_step_tokens,
+        max_depth=section.max_depth,
+        ppm_prior_visits=section.ppm_prior_visits,
+    )
 
 
 async def collect(
-    problems: Sequence[Problem],
-    search_problem: Callable[[Problem], Awaitable[ProblemSummary]],
+    items: Sequence[WorkItem],
+    search_problem: Callable[[WorkItem], Awaitable[ProblemSummary]],
     *,
     in_flight: int,
     on_done: Callable[[ProblemSummary], None],
 ) -> None:
-    """Push `problems` through `search_problem`, at most `in_flight` at once, in order of the list."""
-    queue = iter(problems)
+    """Push `items` through `search_problem`, at most `in_flight` at once, in the order of the list."""
+    queue = iter(items)
 
     async def puller() -> None:
-        for problem in queue:
-            on_done(await search_problem(problem))
+        for item in queue:
+            on_done(await search_problem(item))
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(in_flight, len(problems))):
+        for _ in range(min(in_flight, len(items))):
             group.create_task(puller())
