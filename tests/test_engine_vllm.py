@@ -1,0 +1,284 @@
+"""vLLM against plain transformers on a tiny float32 model: same texts, same log-probabilities, same scores, also after
+new weights or a new adapter went into the running engine. Engines start once a module: each costs some ten seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from rstar.config import EngineSection
+from rstar.engines.base import EngineError, squash
+from rstar.types import Generation, PromptText, SamplingParams, UserError
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/run.sh --vllm")
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+)
+
+from rstar.engines.vllm import VllmPolicy, VllmScorer  # noqa: E402
+from rstar.tokens import SegmentEncoder, load_tokenizer  # noqa: E402
+
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+
+SECTION = EngineSection(
+    kind="vllm", dtype="float32", max_batch=16, max_context=512, cache_mib=64, score_batch_tokens=512
+)
+TRUNK = "user\nTom has 12 apples and buys 7 more. How many apples does he have now?\n"
+PROMPT = PromptText((TRUNK, "<code>\n# Step 1: Start with the apples Tom has\napples = 12\n<end_of_step>\n"))
+SCALE = 3.0
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two policies, the same untied, two PPMs, two adapters. Heads are 32 wide: vLLM's CPU attention takes no less."""
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("vllm_checkpoints")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    made: dict[str, Path] = {}
+
+    def config(**changes: Any) -> LlamaConfig:
+        values = json.loads((tiny_model / "config.json").read_text())
+        return LlamaConfig(**{**values, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, **changes})
+
+    def save(name: str, model: Any) -> None:
+        made[name] = root / name
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+
+    for seed, name in enumerate(["policy", "other"]):
+        torch.manual_seed(seed)
+        save(name, AutoModelForCausalLM.from_config(config()))
+        torch.manual_seed(seed)
+        save(f"untied_{name}", AutoModelForCausalLM.from_config(config(tie_word_embeddings=False)))
+        torch.manual_seed(seed)
+        ppm = AutoModelForSequenceClassification.from_config(config(num_labels=1))
+        ppm.config.rstar_score_scale = SCALE + seed
+        save(f"ppm_{name}", ppm)
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(made["policy"])
+        adapter = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        made[f"adapter_{name}"] = root / f"adapter_{name}"
+        adapter.save_pretrained(made[f"adapter_{name}"])
+    torch.manual_seed(0)
+    save("wide", AutoModelForCausalLM.from_config(config(intermediate_size=160)))
+    return made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def policy(checkpoints: dict[str, Path]) -> AsyncIterator[VllmPolicy]:
+    engine = VllmPolicy(checkpoints["policy"], SECTION, lora_rank=4)
+    yield engine
+    await engine.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def scorer(checkpoints: dict[str, Path]) -> AsyncIterator[VllmScorer]:
+    engine = VllmScorer(checkpoints["ppm_policy"], SECTION)
+    yield engine
+    await engine.close()
+
+
+def greedy_by_transformers(model: Any, folder: Path, prompt: PromptText, count: int) -> tuple[str, float]:
+    """Text and log-probability of `count` greedy tokens, by the plain definition. Half a character at the end is left
+    out, as vLLM does."""
+    tokenizer = load_tokenizer(folder)
+    ids = SegmentEncoder(tokenizer).encode(prompt.segments)
+    start, total = len(ids), 0.0
+    with torch.inference_mode():
+        while len(ids) < start + count:
+            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], -1)
+            ids.append(int(logprobs.argmax()))
+            total += float(logprobs[ids[-1]])
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).rstrip("\ufffd"), total
+
+
+def scores_by_transformers(folder: Path, prompt: PromptText, completions: list[tuple[str, ...]]) -> list[float]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    encoder = SegmentEncoder(load_tokenizer(folder))
+    with torch.inference_mode():
+        paths = [encoder.encode((*prompt.segments, *completion)) for completion in completions]
+        return [float(model(torch.tensor([ids])).logits[0, 0]) for ids in paths]
+
+
+async def greedy(policy: VllmPolicy, count: int = 12, adapter: str | None = None) -> Generation:
+    (sample,) = await policy.generate(PROMPT, SamplingParams(temperature=0, max_tokens=count, adapter=adapter))
+    return sample
+
+
+async def assert_equals_transformers(policy: VllmPolicy, folder: Path) -> Generation:
+    sample = await greedy(policy)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text, logprob = greedy_by_transformers(model, folder, PROMPT, 12)
+    assert sample.text.rstrip("\ufffd") == text
+    assert sample.logprob == pytest.approx(logprob, abs=1e-3)
+    return sample
+
+
+async def test_greedy_text_and_logprob_equal_transformers(policy: VllmPolicy, checkpoints: dict[str, Path]) -> None:
+    sample = await assert_equals_transformers(policy, checkpoints["policy"])
+    again = await greedy(policy)  # now on cached blocks
+    assert (again.text, again.logprob) == (sample.text, pytest.approx(sample.logprob, abs=1e-4))
+
+
+async def test_a_changed_checkpoint_in_the_running_engine_equals_transformers(
+    policy: VllmPolicy, checkpoints: dict[str, Path]
+) -> None:
+    before = await greedy(policy)
+    await policy.load_weights(checkpoints["other"])
+    after = await assert_equals_transformers(policy, checkpoints["other"])
+    assert after.logprob != pytest.approx(before.logprob, abs=1e-2)
+    await policy.load_weights(checkpoints["policy"])
+    assert (await greedy(policy)).logprob == pytest.approx(before.logprob, abs=1e-4)
+
+
+async def test_a_changed_adapter_of_the_same_name_and_folder_is_really_reloaded(
+    policy: VllmPolicy, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    plain = await greedy(policy)
+    folder = tmp_path / "answer"
+    folder.mkdir()
+    for name in ("adapter_policy", "adapter_other"):
+        for file in checkpoints[name].iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        await policy.load_adapter("answer", folder)
+        sample = await greedy(policy, adapter="answer")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoints["policy"]), folder).eval()
+        text, logprob = greedy_by_transformers(model, checkpoints["policy"], PROMPT, 12)
+        assert sample.text.rstrip("\ufffd") == text
+        assert sample.logprob == pytest.approx(logprob, abs=1e-3)
+        assert sample.logprob != pytest.approx(plain.logprob, abs=1e-2)
+    assert (await greedy(policy)).logprob == pytest.approx(plain.logprob, abs=1e-4)
+
+
+async def test_an_adapter_nobody_loaded_is_refused(policy: VllmPolicy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter"):
+        await greedy(policy, adapter="unknown")
+    with pytest.raises(UserError, match="adapter_config"):
+        await policy.load_adapter("empty", tmp_path)
+
+
+async def test_weights_of_another_architecture_are_refused(policy: VllmPolicy, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="intermediate_size"):
+        await policy.load_weights(checkpoints["wide"])
+    await assert_equals_transformers(policy, checkpoints["policy"])
+
+
+async def test_samples_of_one_request_are_distinct_and_counted(policy: VllmPolicy) -> None:
+    before = policy.usage.generated_tokens
+    samples = await policy.generate(PROMPT, SamplingParams(n=8, temperature=1.0, max_tokens=16))
+    assert len({sample.text for sample in samples}) == 8
+    assert all(sample.logprob < 0 and 0 < sample.tokens <= 16 for sample in samples)
+    assert policy.usage.generated_tokens - before == sum(sample.tokens for sample in samples)
+
+
+async def test_greedy_requests_for_several_samples_repeat_one(policy: VllmPolicy) -> None:
+    samples = await policy.generate(PROMPT, SamplingParams(n=3, temperature=0, max_tokens=4))
+    assert len(samples) == 3
+    assert len({sample.text for sample in samples}) == 1
+
+
+async def test_a_stop_string_ends_the_text_and_is_named(policy: VllmPolicy) -> None:
+    whole = (await greedy(policy, 24)).text
+    stop = whole[5:8]
+    (sample,) = await policy.generate(PROMPT, SamplingParams(temperature=0, max_tokens=24, stop=("never so", stop)))
+    assert sample.text == whole[: whole.index(stop) + len(stop)]
+    assert (sample.stop, sample.cut_off) == (stop, False)
+    assert sample.tokens < 24
+    assert (await greedy(policy, 3)).cut_off
+
+
+async def test_requests_join_while_others_run(policy: VllmPolicy) -> None:
+    alone = await greedy(policy)
+    long = asyncio.create_task(policy.generate(PROMPT, SamplingParams(max_tokens=300)))
+    await asyncio.sleep(0.05)
+    together = await asyncio.gather(*(greedy(policy) for _ in range(20)))  # more than max_batch
+    assert not long.done()
+    assert {sample.text for sample in together} == {alone.text}
+    await long
+
+
+async def test_a_cancelled_request_leaves_the_engine(policy: VllmPolicy) -> None:
+    params = SamplingParams(n=4, max_tokens=400)
+    tasks = [asyncio.create_task(policy.generate(PROMPT, params)) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    with pytest.raises(EngineError, match="3 unfinished"):
+        await policy.load_weights(policy_folder(policy))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(task.cancelled() for task in tasks)
+    await greedy(policy, 2)  # behind the cancellations in the queue
+    assert policy._engine.unfinished() == 0
+    assert await policy._engine._call(lambda engine: engine.get_num_unfinished_requests()) == 0  # type: ignore[attr-defined]
+
+
+def policy_folder(policy: VllmPolicy) -> str:
+    return str(policy._encoder.tokenizer.name_or_path)
+
+
+async def test_a_prompt_longer_than_the_context_is_the_users(policy: VllmPolicy) -> None:
+    with pytest.raises(UserError, match="max_context"):
+        await policy.generate(PromptText(("7 " * 600,)), SamplingParams())
+
+
+async def test_scores_equal_transformers(scorer: VllmScorer, checkpoints: dict[str, Path]) -> None:
+    steps = [
+        ("total = 12 + 7\n<end_of_step>\n",),
+        ("total = 12\n", "print(total)\n<end_of_code>\n"),
+        ("x",),
+        ("y = 0\n",),
+    ]
+    expected = scores_by_transformers(checkpoints["ppm_policy"], PROMPT, steps)
+    assert await scorer.score(PROMPT, steps) == pytest.approx([squash(raw, SCALE) for raw in expected], abs=1e-4)
+    again = await scorer.score(PROMPT, steps)  # now on cached blocks
+    assert again == pytest.approx([squash(raw, SCALE) for raw in expected], abs=1e-4)
+    assert max(expected) - min(expected) > 0.05  # four different scores, not one constant
+
+
+async def test_a_changed_ppm_in_the_running_engine_equals_transformers(
+    scorer: VllmScorer, checkpoints: dict[str, Path]
+) -> None:
+    await scorer.load_weights(checkpoints["ppm_other"])
+    (raw,) = scores_by_transformers(checkpoints["ppm_other"], PROMPT, [("x = 1\n",)])
+    (score,) = await scorer.score(PROMPT, [("x = 1\n",)])
+    assert score == pytest.approx(squash(raw, SCALE + 1), abs=1e-4)
+    await scorer.load_weights(checkpoints["ppm_policy"])
+    (raw,) = scores_by_transformers(checkpoints["ppm_policy"], PROMPT, [("x = 1\n",)])
+    assert await scorer.score(PROMPT, [("x = 1\n",)]) == [pytest.approx(squash(raw, SCALE), abs=1e-4)]
+
+
+async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(checkpoints: dict[str, Path]) -> None:
+    threads = torch.get_num_threads()
+    engine = VllmPolicy(checkpoints["untied_policy"], SECTION)
+    await assert_equals_transformers(engine, checkpoints["untied_policy"])
+    await engine.load_weights(checkpoints["untied_other"])
+    await assert_equals_transformers(engine, checkpoints["untied_other"])
+    pending = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=400)))
+    await asyncio.sleep(0.05)
+    await engine.close()
+    await engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        await pending
+    with pytest.raises(EngineError, match="closed"):
+        await greedy(engine)
+    torch.set_num_threads(threads + 1)  # vLLM's CPU worker turns this into a no-op for the whole process
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
