@@ -330,3 +330,11 @@ def keys(schema: type[Any], prefix: str = "") -> list[str]:
 def _field_types(schema: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
     return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
+
+
+def recipe_name(path: str | Path) -> str:
+    """The `recipe:` key of a config file or of the files it is based on; rstar_math where none names one."""
+    for layer in reversed(_file_layers(Path(path))):
+        if "recipe" in layer:
+            return str(layer["recipe"])
+    return "rstar_math"

@@ -17,6 +17,7 @@ from rstar import prompts
 from rstar.config import ModelSection
 from rstar.tokens import (
     SegmentEncoder,
+    TextStream,
     begin_token,
     check_model_folder,
     check_tokenizer,
@@ -70,6 +71,18 @@ def test_borders_are_the_ends_of_the_segments_and_the_ids_decode_to_the_text(tok
     pieces = [tokenizer.decode(list(encoded.ids[a:b])) for a, b in zip(starts, encoded.ends, strict=True)]
     assert pieces == segments
     assert encoded.ends[-1] == len(encoded.ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=8), st.lists(st.integers(0, 400), max_size=12))
+def test_streamed_text_equals_decoding_all_ids_at_once(tokenizer, text, noise):
+    ids = tokenizer("é∑" + text, add_special_tokens=False)["input_ids"] + noise
+    stream = TextStream(tokenizer, tokenizer("prompt: ", add_special_tokens=False)["input_ids"])
+    for token in ids:
+        stream.push(token)
+        assert not stream.text.endswith("\ufffd")
+    stream.finish()
+    assert stream.text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def test_begin_token_goes_before_the_first_segment_only_and_never_twice(tokenizer):

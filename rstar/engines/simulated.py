@@ -109,13 +109,13 @@ class SimulatedScorer:
         self.throughput = Throughput(tokens_per_second)
         self.usage = Usage()
 
-    async def score(self, prompt: PromptText, completions: Sequence[str]) -> list[float]:
+    async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
         """As Scorer.score."""
         self.usage.engine_calls += 1
         self.usage.scored += len(completions)
-        await asyncio.gather(*(self.throughput.spend(_rough_tokens(completion)) for completion in completions))
+        await asyncio.gather(*(self.throughput.spend(_rough_tokens("".join(completion))) for completion in completions))
         text = prompt.text
-        return [self._score(text + completion) for completion in completions]
+        return [self._score(text + "".join(completion)) for completion in completions]
 
     async def close(self) -> None:
         """Nothing to give back."""

@@ -1,1 +1,31 @@
+"""The published systems, each as (searcher, extractors, trainers) in one file."""
 
+from __future__ import annotations
+
+import difflib
+from types import ModuleType
+from typing import Any
+
+from rstar.config import load
+from rstar.types import UserError
+
+NAMES = ("rstar_math",)
+
+
+def recipe(name: str) -> ModuleType:
+    """The module of a recipe; each has Config, check, stages, run_dir."""
+    match name:
+        case "rstar_math":
+            from rstar.recipes import rstar_math
+
+            return rstar_math
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
+    raise UserError(f"unknown recipe {name!r}", need=f"one of {', '.join(NAMES)}", how=f"the nearest is {near[0]}")
+
+
+def load_config(path: str, overrides: list[str]) -> tuple[ModuleType, Any]:
+    """The recipe that a config file names, and the file read into that recipe's schema."""
+    from rstar.config import recipe_name
+
+    module = recipe(recipe_name(path))
+    return module, load(module.Config, path, overrides)

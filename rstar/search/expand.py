@@ -9,10 +9,10 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rstar.engines.base import Policy, Scorer
 from rstar.prompts import Malformed, imitates, kind_of, parse, render, segments, stops
-from rstar.sandbox import Session
 from rstar.tree import Node, Tree
 from rstar.types import (
     Execution,
@@ -25,6 +25,9 @@ from rstar.types import (
     StepKind,
     TerminalReason,
 )
+
+if TYPE_CHECKING:
+    from rstar.sandbox import Session
 
 Grade = Callable[[str, Problem], Awaitable[bool]]
 """(answer, problem) -> whether it is correct. None at test time: the ground truth must not guide a search."""

@@ -1,0 +1,1 @@
+"""rstar: self-evolving math reasoning for small language models."""

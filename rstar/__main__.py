@@ -1,0 +1,20 @@
+"""`python -m rstar` and the `rstar` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    # OpenMP threads that spin while they wait slow everything beside them; this must stand before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rstar.cli import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""The `rstar` command. A user's mistake is printed in one line without a traceback, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rstar.types import UserError
+
+EXAMPLES = """examples:
+  rstar evolve configs/rstar_math/quickstart.yaml            run all rounds; the same command resumes
+  rstar evolve configs/rstar_math/quickstart.yaml run.dir=runs/mine rounds.r3.search.rollouts=8
+  rstar round 2 configs/rstar_math/quickstart.yaml           run one round
+  rstar show runs/quickstart --problem chain_sum-0003        print a search tree
+  rstar config configs/rstar_math/quickstart.yaml            print the resolved settings
+"""
+
+_STAGES = {"search": "search", "extract": "extract", "eval": "eval"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(list(arguments))
+    unknown = [text for text in rest if text.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    if not hasattr(options, "act"):
+        parser.print_help()
+        return 0
+    try:
+        return int(options.act(options) or 0)
+    except UserError as error:
+        return _complain(error)
+    except ExceptionGroup as group:
+        mistakes, _ = group.split(UserError)
+        if mistakes is None:
+            raise
+        return _complain(_first(mistakes))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _complain(error: BaseException) -> int:
+    print(f"rstar: {error}", file=sys.stderr)
+    return 2
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="rstar",
+        description="Self-evolving math reasoning: tree search with executed steps, Q-values, SFT and a process preference model.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, act: Any, text: str, example: str, *, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example:\n  {example}", formatter_class=raw
+        )
+        sub.set_defaults(act=act)
+        if config:
+            sub.add_argument("config", help="a YAML file, see configs/")
+            sub.add_argument("overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value")
+        return sub
+
+    evolve = command("evolve", _evolve, "run all rounds, or what is left of them", "rstar evolve configs/rstar_math/quickstart.yaml")
+    evolve.add_argument("--fresh", action="store_true", help="remove the run's folder first and start over")
+    one = commands.add_parser(
+        "round",
+        help="run one round",
+        description="Run one round (0 is the base model).",
+        epilog="example:\n  rstar round 2 configs/rstar_math/quickstart.yaml search.rollouts=16",
+        formatter_class=raw,
+    )
+    one.set_defaults(act=_round)
+    one.add_argument("number", type=int, help="round number, 0 for the base")
+    one.add_argument("config", help="a YAML file, see configs/")
+    one.add_argument("overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value")
+    for name, text in (
+        ("search", "grow one round's trees"),
+        ("extract", "take one round's training rows from its trees"),
+        ("eval", "measure one round's policy and PPM on the held-out set"),
+    ):
+        sub = command(name, _stage, text, f"rstar {name} configs/rstar_math/quickstart.yaml --round 1")
+        sub.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
+        sub.set_defaults(stages=(_STAGES[name],), locked=True)
+    train = commands.add_parser(
+        "train",
+        help="train one round's policy or PPM",
+        description="Train one round's policy or PPM from its rows.",
+        epilog="example:\n  rstar train ppm configs/rstar_math/quickstart.yaml --round 2",
+        formatter_class=raw,
+    )
+    train.set_defaults(act=_train)
+    train.add_argument("what", choices=("policy", "ppm"))
+    train.add_argument("config", help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value")
+    train.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
+
+    show = command(
+        "show", _show, "print the search trees of a problem", "rstar show runs/quickstart --problem chain_sum-0003", config=False
+    )
+    show.add_argument("run", help="a run's folder")
+    show.add_argument("--problem", default="", help="problem id; without it the ids are listed")
+    show.add_argument("--round", type=int, default=None, dest="number", help="only this round")
+    show.add_argument("--width", type=int, default=100, help="columns (default 100)")
+    report = command("report", _report, "write report.html and print the table", "rstar report runs/quickstart", config=False)
+    report.add_argument("run", help="a run's folder")
+    command("config", _config, "print the resolved settings", "rstar config configs/rstar_math/quickstart.yaml search.c=1")
+    command("doctor", _doctor, "check this machine: versions, cores, memory, sandbox, model packages", "rstar doctor", config=False)
+    stage = commands.add_parser("stage")  # what `evolve` starts for each stage; holds no lock of its own
+    stage.add_argument("number", type=int)
+    stage.add_argument("stage")
+    stage.add_argument("config")
+    stage.add_argument("overrides", nargs="*", default=[])
+    stage.set_defaults(act=_one_stage)
+    return parser
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def _evolve(options: argparse.Namespace) -> int:
+    module, config = _load(options)
+    run = module.run_dir(config)
+    if options.fresh and run.path.exists():
+        import shutil
+
+        run.acquire()
+        shutil.rmtree(run.path)
+        run.release()
+    return _drive(options, module, config, range(config.run.rounds + 1))
+
+
+def _round(options: argparse.Namespace) -> int:
+    module, config = _load(options)
+    return _drive(options, module, config, [options.number])
+
+
+def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers: Sequence[int]) -> int:
+    """Run the rounds' unfinished stages, each in a process of its own, and refresh the report after each round."""
+    from rstar.cluster import ray_session
+
+    run, begun, ran = module.run_dir(config), time.monotonic(), 0
+    run.acquire()
+    try:
+        problems = module.check(config)
+        print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
+        waiting = [s for number in numbers for s in module.stages(config, number)]
+        while waiting and waiting[0].round.record(waiting[0].name) and waiting[0].finished():
+            waiting.pop(0)
+        if waiting:
+            with ray_session(config.cluster):
+                for stage in waiting:
+                    if stage.finished() is None:
+                        _run_process(options, stage.round.number, stage.name)
+                        ran += 1
+                    if stage.name == "eval":
+                        _refresh(run.path)
+        table = _refresh(run.path)
+    finally:
+        run.release()
+    print(("all done" if not ran else f"finished in {(time.monotonic() - begun) / 60:.1f} minutes") + "\n")
+    print(table)
+    print(f"\nreport: {run.path / 'report.html'}")
+    return 0
+
+
+def _run_process(options: argparse.Namespace, number: int, stage: str) -> None:
+    command = [sys.executable, "-m", "rstar", "stage", str(number), stage, options.config, *options.overrides]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise UserError(f"stage {stage} of round {number} ended with exit code {code}", how="mend it; the same command resumes")
+
+
+def _refresh(run: Path) -> str:
+    from rstar.report.html import write_report
+    from rstar.report.results import results, results_table
+
+    write_report(run)
+    return results_table(results(run))
+
+
+def _one_stage(options: argparse.Namespace) -> int:
+    module, config = _load(options)
+    for stage in module.stages(config, options.number):
+        if stage.name == options.stage:
+            stage.execute()
+            return 0
+    names = ", ".join(stage.name for stage in module.stages(config, options.number))
+    raise UserError(f"round {options.number} has no stage {options.stage}", need=f"one of {names}")
+
+
+def _stage(options: argparse.Namespace) -> int:
+    module, config = _load(options)
+    run = module.run_dir(config)
+    run.acquire()
+    try:
+        module.check(config)
+        from rstar.cluster import ray_session
+
+        with ray_session(config.cluster):
+            for stage in module.stages(config, options.number):
+                if stage.name in options.stages:
+                    if stage.finished() is not None:
+                        print(f"{stage.round.path}: {stage.name} is done")
+                    else:
+                        _run_process(options, options.number, stage.name)
+    finally:
+        run.release()
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    options.stages = (options.what,)
+    return _stage(options)
+
+
+def _load(options: argparse.Namespace) -> tuple[ModuleType, Any]:
+    from rstar.recipes import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rstar.report.show import find_trees, problem_ids, show_tree
+
+    if not options.problem:
+        print("\n".join(problem_ids(Path(options.run))))
+        return 0
+    for tree in find_trees(Path(options.run), options.problem, options.number):
+        print(show_tree(tree, width=options.width))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(_refresh(Path(options.run)))
+    print(f"\nreport: {Path(options.run) / 'report.html'}")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from rstar.config import to_yaml
+
+    print(to_yaml(_load(options)[1]), end="")
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from rstar.doctor import examine
+
+    checks = examine()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'} {check.name:<{width}}  {check.detail}")
+    return 0 if all(check.ok for check in checks) else 1

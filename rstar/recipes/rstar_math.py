@@ -1,0 +1,402 @@
+"""rStar-Math (arXiv 2501.04519): four rounds of tree search, policy SFT and process preference model.
+
+A round: search -> extract -> train policy -> train PPM -> evaluate. Every policy is trained from the base model, every
+PPM from that round's policy; the next round searches with both.
+
+Deviations from the paper (P) or the official code (C), each with its switch:
+
+D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0. No switch: C's rule visits 1.5 of 12 root
+    branches on a toy tree.
+D2  a child's PPM value counts as its first visit, as in C; P's Eq. 3 does not count it: search.ppm_prior_visits=0.
+D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once. C keeps
+    failed steps as children of value -1 that are never backed up.
+D4  reaching max_depth without an answer is backed up as -1; C gives the node -1 and its ancestors nothing.
+D5  all distinct answer siblings are kept; C keeps the first finished candidate of an expansion and drops the rest.
+D6  PPM scores are tanh(raw / 5) and the loss is on raw scores, as in C; P has tanh in the head: ppm.tanh_in_loss=true,
+    ppm.score_scale=1.
+D7  one PPM epoch as in P; C's README says two: ppm.epochs=2.
+D8  pairs need a Q margin of 0.5 and an edit distance of 20 characters, as in C; P names neither: extract.min_margin=0,
+    extract.min_edit_distance=0. C's comparison of greedy continuations is left out.
+D9  final-answer pairs across trajectories as in P; C has no path for them: extract.answer_pairs=false.
+D10 the answer of several trajectories is reported by top score, by majority of the top K, and score-weighted; a tied
+    vote goes to the answer with the higher best score, C breaks ties at random.
+D11 interpreter output and `<output>`, `<answer>` tags are written by us and carry no loss; C trains on them.
+D12 escalation adds rollouts to the same tree; P does not say whether it starts again.
+D13 with warmup.enabled (the quickstart; off by default and in the paper's configs) the base of all rounds is a small
+    supervised start on worked code solutions of training problems, because a 135M model has no 236B bootstrap beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rstar.cluster import search_all
+from rstar.config import (
+    ClusterSection,
+    EngineSection,
+    EvalSection,
+    ExtractSection,
+    ModelSection,
+    PpmSection,
+    ProblemsSection,
+    RunSection,
+    SandboxSection,
+    SearchSection,
+    TrainSection,
+    WarmupSection,
+    for_round,
+    to_dict,
+)
+from rstar.evaluation import by_level, eval_record, measures
+from rstar.extract.preferences import preference_rows
+from rstar.extract.sft import sft_rows
+from rstar.grading import Grader
+from rstar.problems import ProblemSet, load_problems
+from rstar.report.progress import SearchProgress, TrainingProgress
+from rstar.rounds import RunDir, Stage, StageResult, input_digest
+from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.store import index, read_frame, read_trees, shards, write_json, write_rows
+from rstar.tree import Tree
+from rstar.types import PreferenceRow, Problem, SftRow, UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run of this recipe reads. `rounds` holds overlays: rounds.r2.search.rollouts=16."""
+
+    recipe: str = "rstar_math"
+    run: RunSection = field(default_factory=RunSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    sandbox: SandboxSection = field(default_factory=SandboxSection)
+    problems: ProblemsSection = field(default_factory=ProblemsSection)
+    warmup: WarmupSection = field(default_factory=WarmupSection)
+    search: SearchSection = field(default_factory=SearchSection)
+    extract: ExtractSection = field(default_factory=ExtractSection)
+    sft: TrainSection = field(default_factory=TrainSection)
+    ppm: PpmSection = field(default_factory=PpmSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    rounds: dict[str, Any] = field(default_factory=dict)
+
+
+def stages(config: Config, number: int) -> list[Stage]:
+    """The stages of round `number` in order; round 0 is the base model and its evaluation."""
+    run = run_dir(config)
+    config = for_round(config, number)
+    if number == 0:
+        return [_base_stage(config, run), _eval_stage(config, run, 0)]
+    return [
+        _search_stage(config, run, number),
+        _extract_stage(config, run, number),
+        _policy_stage(config, run, number),
+        _ppm_stage(config, run, number),
+        _eval_stage(config, run, number),
+    ]
+
+
+def run_dir(config: Config) -> RunDir:
+    """The run's folder: run.dir, or runs/<name>."""
+    return RunDir(Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name)
+
+
+def check(config: Config) -> ProblemSet:
+    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
+    from rstar.tokens import check_tokenizer, load_tokenizer
+
+    problems = load_problems(config.problems)
+    if not problems.train:
+        raise UserError("no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`")
+    base = base_model(config)
+    if config.model.template == "chat" and config.engine.kind != "simulated":
+        check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
+    return problems
+
+
+def base_model(config: Config) -> str:
+    """Folder or hub id of the model that `model.base` names; checked, and converted or built where it is ours to make."""
+    from rstar.tokens import check_model_folder
+
+    match config.model.base:
+        case "smollm2":
+            from rstar.training.models import cache_folder, smollm2_checkpoint
+
+            return str(smollm2_checkpoint(cache_folder()))
+        case "tiny":
+            from rstar.training.tiny import build_tiny_model
+
+            folder = run_dir(config).path / "tiny_model"
+            return str(folder if folder.exists() else build_tiny_model(folder, seed=config.run.seed))
+        case path_or_id:
+            if Path(path_or_id).exists() or path_or_id.startswith((".", "/", "~")):
+                check_model_folder(Path(path_or_id).expanduser())
+                return str(Path(path_or_id).expanduser())
+            return path_or_id
+
+
+def base_checkpoint(config: Config, run: RunDir) -> str:
+    """What every round's policy is trained from: the warm-up where there is one, else the base model itself."""
+    return str(run.round(0).policy) if config.warmup.enabled else base_model(config)
+
+
+# -- round 0 ---------------------------------------------------------------------------------------------------------
+
+
+def _base_stage(config: Config, run: RunDir) -> Stage:
+    here = run.round(0)
+    settings = {"model": to_dict(config.model), "warmup": to_dict(config.warmup), "problems": to_dict(config.problems)}
+
+    def work() -> StageResult:
+        if not config.warmup.enabled:
+            return StageResult((), {"base": base_model(config)})
+        from rstar.tokens import question_wrapper
+        from rstar.training.sft import train_policy
+        from rstar.warmup import warmup_rows
+
+        base = base_model(config)
+        rows = warmup_rows(config.warmup, load_problems(config.problems), question_wrapper(base, config.model))
+        section = replace(
+            config.sft,
+            epochs=config.warmup.epochs,
+            learning_rate=config.warmup.learning_rate,
+            batch_size=config.warmup.batch_size,
+        )
+        with TrainingProgress("warm-up") as progress:
+            result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
+        return StageResult((here.policy,), {"base": base, **asdict(result)})
+
+    return Stage(here, "base", settings, dict, work)
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
+    here, before = run.round(number), run.round(number - 1)
+    settings = {
+        "search": to_dict(config.search),
+        "problems": to_dict(config.problems),
+        "model": to_dict(config.model),
+        "engine": {"kind": config.engine.kind, "model": config.engine.model},
+    }
+
+    def inputs() -> dict[str, str]:
+        found = {"policy": input_digest(before, "base" if number == 1 else "policy")}
+        if config.search.use_ppm:
+            found["ppm"] = input_digest(before, "ppm")
+        return found
+
+    def work() -> StageResult:
+        pool = load_problems(config.problems).train
+        job = SearchJob(
+            passes=(SearchPass(here.path.resolve(), config.search),),
+            engine=config.engine,
+            sandbox=config.sandbox,
+            model=config.model,
+            policy=_absolute(base_checkpoint(config, run) if number == 1 else str(before.policy)),
+            ppm=_absolute(str(before.ppm)) if config.search.use_ppm else "",
+        )
+        todo = unfinished(pool, job, 0)
+        with SearchProgress(f"round {number} search", total=len(pool), already=len(pool) - len(todo)) as progress:
+            search_all(job, todo, config.cluster, progress)
+        return StageResult(tuple(shards(here.path)), _tree_counts(pool, here.path))
+
+    return Stage(here, "search", settings, inputs, work)
+
+
+def _tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
+    """What the trees of a folder hold in all; streams them."""
+    solved: dict[str, bool] = {}
+    outcomes: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for tree in read_trees(folder):
+        solved[tree.problem.id] = solved.get(tree.problem.id, False) or tree.solved
+        outcomes.update(node.terminal.value if node.terminal else "live" for node in tree.nodes[1:])
+        totals.update(
+            trees=1, nodes=len(tree.nodes) - 1, rollouts=tree.rollouts_done, tokens=tree.tokens, calls=tree.engine_calls
+        )
+    levels = by_level((problem, solved.get(problem.id, False)) for problem in pool)
+    return {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), **totals}
+
+
+# -- extract ---------------------------------------------------------------------------------------------------------
+
+
+def problem_trees(folder: Path) -> Iterator[list[Tree]]:
+    """The complete trees of a folder, all seeds of a problem together, one problem in memory at a time."""
+    refs = sorted((ref for ref in index(folder).values() if ref.complete), key=lambda ref: ref.tree_id.rpartition("#")[0])
+    for _, group in groupby(refs, key=lambda ref: ref.tree_id.rpartition("#")[0]):
+        yield [read_frame(ref) for ref in group]
+
+
+def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
+    here, section = run.round(number), config.extract
+
+    def pairs(tree: Tree) -> list[PreferenceRow]:
+        return preference_rows(
+            tree,
+            positives=section.positives,
+            negatives=section.negatives,
+            min_margin=section.min_margin,
+            min_edit_distance=section.min_edit_distance,
+            answer_pairs=section.answer_pairs,
+            max_pairs=section.max_pairs_per_problem,
+        )
+
+    def work() -> StageResult:
+        n_rows = write_rows(here.sft, (r for trees in problem_trees(here.trees) for r in sft_rows(trees, top=section.sft_top)))
+        n_pairs = write_rows(here.pairs, (p for trees in problem_trees(here.trees) for tree in trees for p in pairs(tree)))
+        if not n_rows:
+            raise UserError(
+                f"round {number} found no correct trajectory", need="at least one solved problem",
+                how="more rollouts, easier problems, or a stronger policy",
+            )  # fmt: skip
+        return StageResult((here.sft, here.pairs), {"sft_rows": n_rows, "pairs": n_pairs})
+
+    return Stage(here, "extract", {"extract": to_dict(section)}, lambda: {"trees": input_digest(here, "search")}, work)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def _policy_stage(config: Config, run: RunDir, number: int) -> Stage:
+    here = run.round(number)
+
+    def inputs() -> dict[str, str]:
+        return {"rows": input_digest(here, "extract"), "base": input_digest(run.round(0), "base")}
+
+    def work() -> StageResult:
+        from rstar.training.data import read_rows
+        from rstar.training.sft import train_policy
+
+        rows = read_rows(here.sft, SftRow)
+        with TrainingProgress(f"round {number} policy") as progress:
+            result = train_policy(
+                rows, base_checkpoint(config, run), here.policy, config.sft, seed=config.run.seed, on_progress=progress
+            )
+        return StageResult((here.policy,), {"rows": len(rows), **asdict(result)})
+
+    return Stage(here, "policy", {"sft": to_dict(config.sft)}, inputs, work)
+
+
+def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
+    here = run.round(number)
+
+    def inputs() -> dict[str, str]:
+        return {"rows": input_digest(here, "extract"), "policy": input_digest(here, "policy")}
+
+    def work() -> StageResult:
+        from rstar.training.data import read_rows
+        from rstar.training.ppm import train_ppm
+
+        rows = read_rows(here.pairs, PreferenceRow)
+        with TrainingProgress(f"round {number} PPM") as progress:
+            result = train_ppm(rows, str(here.policy), here.ppm, config.ppm, seed=config.run.seed, on_progress=progress)
+        return StageResult((here.ppm,), {"pairs": len(rows), **asdict(result)})
+
+    return Stage(here, "ppm", {"ppm": to_dict(config.ppm)}, inputs, work)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def _eval_passes(config: Config, folder: Path, with_ppm: bool) -> dict[str, SearchPass]:
+    section = config.eval
+    base = replace(config.search, escalate=[], checkpoint_rollouts=0, seeds=[0], use_ppm=False, method="sample")
+    passes: dict[str, SearchPass] = {}
+    for method in section.methods:
+        match method:
+            case "greedy":
+                search = replace(base, rollouts=1, temperature=0.0)
+            case "sample":
+                search = replace(base, rollouts=section.samples, temperature=section.temperature)
+            case "mcts":
+                if not with_ppm:
+                    continue
+                search = replace(
+                    base,
+                    method="mcts",
+                    use_ppm=True,
+                    rollouts=section.rollouts,
+                    candidates=section.candidates,
+                    temperature=section.temperature,
+                    seeds=list(range(section.trajectories)),
+                )
+            case other:
+                raise UserError(f"eval.methods has {other}", need="greedy, sample, mcts")
+        passes[method] = SearchPass((folder / method).resolve(), search, test_time=True)
+    return passes
+
+
+def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
+    here = run.round(number)
+    settings = {
+        "eval": to_dict(config.eval),
+        "problems": to_dict(config.problems),
+        "model": to_dict(config.model),
+        "search": {key: to_dict(config.search)[key] for key in ("max_depth", "max_step_tokens", "c", "selection")},
+    }
+
+    def inputs() -> dict[str, str]:
+        if number == 0:
+            return {"policy": input_digest(here, "base")}
+        return {"policy": input_digest(here, "policy"), "ppm": input_digest(here, "ppm")}
+
+    def work() -> StageResult:
+        heldout = load_problems(config.problems).heldout[: config.eval.problems or None]
+        passes = _eval_passes(config, here.eval, with_ppm=number > 0)
+        job = SearchJob(
+            passes=tuple(passes.values()),
+            engine=config.engine,
+            sandbox=config.sandbox,
+            model=config.model,
+            policy=_absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
+            ppm=_absolute(str(here.ppm)) if number else "",
+        )
+        sets = {m: heldout if m != "mcts" else heldout[: config.eval.search_problems or None] for m in passes}
+        todo = [item for i, m in enumerate(passes) for item in unfinished(sets[m], job, i)]
+        total = sum(len(problems) for problems in sets.values())
+        with SearchProgress(f"round {number} evaluation", total=total, already=total - len(todo)) as progress:
+            search_all(job, todo, config.cluster, progress)
+        results = {m: _evaluate(m, passes[m].folder, config) for m in passes}
+        write_json(here.eval_json, {"round": number, "methods": results})
+        outputs = [here.eval_json, *(shard for one in passes.values() for shard in shards(one.folder))]
+        folder = here.path.resolve()
+        return StageResult(
+            tuple(here.path / p.resolve().relative_to(folder) for p in outputs),
+            {m: {k: v for k, v in result.items() if k != "records"} for m, result in results.items()},
+        )
+
+    return Stage(here, "eval", settings, inputs, work)
+
+
+def _evaluate(method: str, folder: Path, config: Config) -> dict[str, Any]:
+    import asyncio
+
+    from rstar.sandbox import Sandbox
+
+    async def grade_all() -> list[Any]:
+        async with Sandbox(config.sandbox) as sandbox:
+            grader = Grader(sandbox)
+            return [await eval_record(trees, grader.is_equivalent) for trees in problem_trees(folder)]
+
+    records = asyncio.run(grade_all())
+    return {
+        "measures": {name: asdict(m) for name, m in measures(method, records, top_k=config.eval.top_k).items()},
+        "problems": len(records),
+        "tokens": sum(r.tokens for r in records),
+        "engine_calls": sum(r.engine_calls for r in records),
+        "seconds": round(sum(r.seconds for r in records), 2),
+        "records": [asdict(r) for r in records],
+    }
+
+
+def _absolute(path_or_id: str) -> str:
+    """Workers run in another folder: local paths travel absolute, hub ids as they are."""
+    return str(Path(path_or_id).resolve()) if Path(path_or_id).exists() else path_or_id
