@@ -300,12 +300,21 @@ def _merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str =
         hint = f"the nearest key is {prefix}{near[0]}" if near else ""
         raise UserError(f"unknown key {key}", need="a key of this recipe's config", how=hint) from error
     except OmegaConfBaseException as error:
-        key = prefix + (error.full_key or "")
-        raise UserError(f"{key}: {str(error).splitlines()[0]}", need=_expected(error), how="see `rstar config FILE`") from error
+        key = error.full_key or str(next(iter(layer)))
+        reason = str(error).splitlines()[0].removeprefix("Merge error: ")
+        raise UserError(f"{prefix}{key}: {reason}", need=_expected(schema, key), how="see `rstar config FILE`") from error
 
 
-def _expected(error: OmegaConfBaseException) -> str:
-    return getattr(error.ref_type, "__name__", "") if error.ref_type is not None else "a value of the key's type"
+def _expected(schema: type[Any], key: str) -> str:
+    """What a dotted key takes, in words."""
+    kind: Any = schema
+    for name in key.split("[")[0].split("."):
+        kind = _field_types(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    if kind is None:
+        return ""
+    if dataclasses.is_dataclass(kind):
+        return f"a section with {', '.join(_field_types(cast(type[Any], kind)))}"
+    return str(getattr(kind, "__name__", kind)) if not typing.get_args(kind) else str(kind)
 
 
 def _to_object(schema: type[T], node: DictConfig) -> T:
@@ -313,7 +322,7 @@ def _to_object(schema: type[T], node: DictConfig) -> T:
         return cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         raise UserError(
-            f"{error.full_key} has no value", need=_expected(error), how=f"set it: {error.full_key}=..."
+            f"{error.full_key} has no value", need=_expected(schema, error.full_key or ""), how=f"set it: {error.full_key}=..."
         ) from error
 
 

@@ -1,0 +1,96 @@
+"""Config files, overrides, per-round overlays, and the answers to mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rstar.config import digest, for_round, keys, load, to_yaml
+from rstar.recipes import load_config
+from rstar.recipes.rstar_math import Config
+from rstar.types import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_shipped_config_loads_for_every_round(path: Path) -> None:
+    _, config = load_config(str(path), [])
+    for number in range(config.run.rounds + 1):
+        for_round(config, number)
+
+
+def test_override_beats_file_beats_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {base: a}\nsearch: {c: 1.0, rollouts: 3}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nsearch: {rollouts: 5}\n")
+    config = load(Config, tmp_path / "top.yaml", ["search.c=0.5"])
+    assert (config.model.base, config.search.rollouts, config.search.c) == ("a", 5, 0.5)
+
+
+def test_shorthand_names_a_section(tmp_path: Path) -> None:
+    config = load(Config, None, ["model=m", "problems=gsm8k", "problems.path=x.jsonl", "cluster=inline", "engine=vllm"])
+    assert (config.model.base, config.problems.name, config.problems.path) == ("m", "gsm8k", "x.jsonl")
+    assert (config.cluster.address, config.engine.kind) == ("inline", "vllm")
+
+
+def test_typo_is_answered_with_the_nearest_key() -> None:
+    with pytest.raises(UserError, match=r"unknown key search.rolouts.*search\.rollouts"):
+        load(Config, None, ["model=m", "search.rolouts=3"])
+
+
+def test_wrong_type_names_key_and_expectation() -> None:
+    with pytest.raises(UserError, match=r"search\.rollouts.*'many'.*int"):
+        load(Config, None, ["model=m", "search.rollouts=many"])
+
+
+def test_missing_value_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"model\.base has no value"):
+        load(Config, None, [])
+
+
+@pytest.mark.parametrize("text", ["search", "=3", "search.c=[1"])
+def test_broken_override_is_a_user_error(text: str) -> None:
+    with pytest.raises(UserError):
+        load(Config, None, ["model=m", text])
+
+
+def test_missing_broken_and_circular_files_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config file"):
+        load(Config, tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="not readable YAML"):
+        load(Config, tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="no mapping"):
+        load(Config, tmp_path / "list.yaml")
+    (tmp_path / "self.yaml").write_text("base: self.yaml\n")
+    with pytest.raises(UserError, match="own base"):
+        load(Config, tmp_path / "self.yaml")
+
+
+def test_round_overlay_applies_to_its_round_only() -> None:
+    config = load(Config, None, ["model=m", "search.rollouts=8", "rounds.r2.search.rollouts=16", "rounds.r2.search.use_ppm=true"])
+    assert [for_round(config, n).search.rollouts for n in (1, 2, 3)] == [8, 16, 8]
+    assert for_round(config, 2).search.use_ppm and for_round(config, 2).model.base == "m"
+
+
+def test_typo_in_an_overlay_is_found_at_load() -> None:
+    with pytest.raises(UserError, match=r"rounds\.r3\.search\.rolouts.*rounds\.r3\.search\.rollouts"):
+        load(Config, None, ["model=m", "rounds.r3.search.rolouts=16"])
+    with pytest.raises(UserError, match="round keys"):
+        load(Config, None, ["model=m", "rounds.three.search.rollouts=16"])
+
+
+def test_config_is_frozen_and_prints_as_yaml() -> None:
+    config = load(Config, None, ["model=m"])
+    with pytest.raises(AttributeError):
+        config.search.rollouts = 3  # type: ignore[misc]
+    assert "rollouts: 16" in to_yaml(config)
+    assert "search.rollouts" in keys(Config)
+
+
+def test_digest_depends_on_values_only() -> None:
+    one = load(Config, None, ["model=m", "search.c=1", "run.seed=1"])
+    two = load(Config, None, ["run.seed=1", "search.c=1", "model=m"])
+    assert digest(one) == digest(two) != digest(load(Config, None, ["model=m"]))

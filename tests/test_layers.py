@@ -1,0 +1,89 @@
+"""Who may import whom, read from the imports themselves; and what a light command must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "rstar"
+LAYERS = {
+    "types": 0, "config": 0,
+    "tree": 1, "prompts": 1, "problems": 1, "tokens": 1, "sandbox": 1,
+    "engines": 2, "store": 2, "grading": 2, "warmup": 2,
+    "search": 3, "extract": 3, "training": 3,
+    "evaluation": 4, "rounds": 4,
+    "cluster": 5, "report": 5,
+    "recipes": 6, "doctor": 6,
+    "cli": 7, "__main__": 8, "__init__": 0,
+}  # fmt: skip
+ONLY_IN = {
+    "vllm": {"engines/vllm.py"},
+    "ray": {"cluster.py"},
+    "torch": {"engines", "training"},
+    "transformers": {"engines", "training", "tokens.py"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, those under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+            if node.module == "rstar":
+                found |= {f"rstar.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_lower_layers_only(path: Path) -> None:
+    own = part(path)
+    for name in imported(path):
+        if name.startswith("rstar."):
+            other = name.split(".")[1]
+            if other != own:
+                same_level = {own, other} == {"types", "config"}  # both hold data only
+                assert LAYERS[other] < LAYERS[own] or (same_level and own == "config"), f"{own} imports {other}"
+        root = name.split(".")[0]
+        if root in ONLY_IN:
+            relative = str(path.relative_to(PACKAGE))
+            allowed = any(relative == place or relative.startswith(f"{place}/") for place in ONLY_IN[root])
+            assert allowed or (root == "torch" and own == "doctor"), f"{relative} imports {root}"
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part(path) for path in modules()} <= set(LAYERS)
+
+
+@pytest.mark.parametrize("name", ["rstar.config", "rstar.search.mcts", "rstar.search.collect", "rstar.cli", "rstar.recipes.rstar_math"])
+def test_light_modules_leave_heavy_libraries_alone(name: str) -> None:
+    code = f"import sys, {name}; print([m for m in ('torch', 'vllm', 'transformers', 'ray') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_help_is_instant() -> None:
+    code = "import sys; sys.argv=['rstar','--help']\nfrom rstar.cli import run\ntry: run(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'omegaconf', 'ray') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("[]")
+
+
+def test_no_file_is_past_four_hundred_lines() -> None:
+    long = {str(p.relative_to(PACKAGE)): n for p in modules() if (n := len(p.read_text().splitlines())) > 420}
+    assert not long

@@ -1,0 +1,121 @@
+"""The tree store: round trip, torn tails, damage, replacement; atomic rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rstar.search.mcts import Mcts
+from rstar.store import TreeWriter, index, read_frame, read_trees, scan, write_rows
+from rstar.tree import Tree
+from rstar.types import OutcomeRow, Problem, UserError
+from tests.fakes import branching, grow
+
+
+async def grown(seed: int = 0) -> Tree:
+    expander = grow(branching(2, lambda made: made == [1, 0]), seed=seed)
+    await Mcts(expander).search(6)
+    expander.tree.complete = True
+    return expander.tree
+
+
+def write(folder: Path, *trees: Tree, shard: str = "w0") -> Path:
+    path = folder / f"trees-{shard}.jsonl.zst"
+    with TreeWriter(path) as writer:
+        for tree in trees:
+            writer.append(tree)
+    return path
+
+
+async def test_tree_comes_back_equal(tmp_path: Path) -> None:
+    tree = await grown()
+    write(tmp_path, tree)
+    (back,) = read_trees(tmp_path)
+    assert list(back.to_rows()) == list(tree.to_rows())
+    assert [n.exhausted for n in back.nodes] == [n.exhausted for n in tree.nodes]
+    assert [n.children for n in back.nodes] == [n.children for n in tree.nodes]
+
+
+async def test_hostile_text_survives_the_file_format(tmp_path: Path) -> None:
+    tree = await grown()
+    tree.nodes[1].text = 'a\n{"id": 3}\u2028\0 \\ " é <script>'
+    write(tmp_path, tree)
+    (back,) = read_trees(tmp_path)
+    assert back.nodes[1].text == tree.nodes[1].text
+
+
+@pytest.mark.parametrize("cut", [1, 7, 30, 200])
+async def test_torn_tail_is_cut_and_counted(tmp_path: Path, cut: int) -> None:
+    trees = [await grown(seed) for seed in range(3)]
+    path = write(tmp_path, *trees)
+    whole = scan(path)
+    last = whole.frames[-1]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - cut)
+    writer = TreeWriter(path)
+    assert writer.torn_bytes > 0
+    assert len(scan(path).frames) == 2 and scan(path).torn_bytes == 0
+    writer.append(trees[2])
+    writer.close()
+    assert scan(path).frames[-1].offset == last.offset
+    assert len(list(read_trees(tmp_path))) == 3
+
+
+async def test_block_of_nuls_at_the_end_is_a_torn_tail(tmp_path: Path) -> None:
+    path = write(tmp_path, await grown())
+    with path.open("ab") as file:
+        file.write(b"\0" * 4096)
+    assert scan(path).torn_bytes == 4096
+    assert TreeWriter(path).torn_bytes == 4096
+
+
+async def test_damage_in_the_middle_is_refused_with_file_and_frame(tmp_path: Path) -> None:
+    path = write(tmp_path, await grown(0), await grown(1), await grown(2))
+    frame = scan(path).frames[1]
+    data = bytearray(path.read_bytes())
+    data[frame.offset + frame.length // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"trees-w0.jsonl.zst.* frame 1 "):
+        list(read_trees(tmp_path))
+    data[frame.offset - len("p#1") - 9 - 8] ^= 0xFF  # now its head's magic too
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="frame 1"):
+        scan(path)
+
+
+async def test_later_frame_replaces_an_earlier_one_unless_that_was_complete(tmp_path: Path) -> None:
+    early, late = await grown(), await grown()
+    early.complete, early.rollouts_done = False, 2
+    write(tmp_path, early, late)
+    (ref,) = index(tmp_path).values()
+    assert ref.complete and read_frame(ref).rollouts_done == late.rollouts_done
+    assert list(read_trees(tmp_path))[0].complete
+    write(tmp_path, early, shard="w1")  # an old worker's leftover in another shard
+    assert read_frame(index(tmp_path)["p#0"]).complete
+
+
+async def test_shard_is_plain_zstandard(tmp_path: Path) -> None:
+    path = write(tmp_path, await grown(0), await grown(1))
+    lines = subprocess.run(["zstd", "-dc", path], capture_output=True, check=False)
+    if lines.returncode:
+        pytest.skip("no zstd program on this machine")
+    heads = [row for line in lines.stdout.splitlines() if "tree_id" in (row := json.loads(line))]
+    assert [row["tree_id"] for row in heads] == ["p#0", "p#1"]
+
+
+def test_rows_load_with_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [OutcomeRow("q", "a", (("a", True),), float(i), "p", "p#0", (1, i)) for i in range(3)]
+    assert write_rows(tmp_path / "rows.jsonl", rows) == 3
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "c"), split="train")
+    assert loaded["label"] == [0.0, 1.0, 2.0] and set(loaded.column_names) >= {"prompt", "completion", "label", "tree_id"}
+
+
+def test_unknown_schema_is_a_user_error() -> None:
+    rows = list(Tree("t", Problem("p", "q", "1"), ("q",)).to_rows())
+    rows[0]["schema"] = 99
+    with pytest.raises(UserError, match="schema 99"):
+        Tree.from_rows(rows)
