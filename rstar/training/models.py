@@ -11,14 +11,142 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
+from rstar.config import PpmSection, TrainSection
+from rstar.training.packing import ATTENTION
 from rstar.types import UserError
 
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
+SCORE_SCALE_KEY = "rstar_score_scale"  # config.json of a PPM: the score is tanh(raw / this)
+HEAD_INIT_STD = 1e-3  # small, so that a fresh PPM calls every pair a draw; the official code has 1e-6
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be trained and its tokenizer."""
+
+    model: nn.Module  # the transformers model, or PEFT's wrapper around it
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_policy(base: str, section: TrainSection, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """The policy in float32 with tree attention, and LoRA adapters where the section asks for them."""
+    model = _load(AutoModelForCausalLM, base)
+    return Loaded(_prepared(model, section, "CAUSAL_LM"), tokenizer)
+
+
+def load_ppm(body: str, section: PpmSection, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """The policy's body with a new scalar head without bias; score scale and pad token are set in its config."""
+    model = _load(AutoModelForSequenceClassification, body, num_labels=1)
+    nn.init.normal_(model.score.weight, std=HEAD_INIT_STD)
+    setattr(model.config, SCORE_SCALE_KEY, section.score_scale)
+    give_pad_token(model, tokenizer)
+    return Loaded(_prepared(model, section, "SEQ_CLS"), tokenizer)
+
+
+def _load(kind: Any, path: str, **options: Any) -> PreTrainedModel:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that a new head is new is no news
+    try:
+        model: PreTrainedModel = kind.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=ATTENTION, **options
+        )
+    except OSError as error:  # transformers' way to say "no such model"
+        raise UserError(
+            f"no model could be loaded from {path}: {str(error).splitlines()[0]}", need="a model folder or a hub id",
+            how="check model.base",
+        ) from error  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
+    return model
+
+
+def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Module:
+    model.config.use_cache = False
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not section.lora_rank:
+        return cast(nn.Module, model)
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("train.lora_rank needs the package peft", how="pip install 'rstar[lora]'")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=section.lora_rank, lora_alpha=2 * section.lora_rank, target_modules="all-linear", task_type=task
+    )
+    return cast(nn.Module, get_peft_model(model, config))
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, under PEFT's wrapper where there is one."""
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that padding can be told from content: stock scoring reads the last token that is not the pad token.
+
+    Kept where the tokenizer has a pad token that no text holds. Else the first special token takes its place that is
+    not begin or end and not in the chat template; only where there is none, a token is added and the embeddings grow.
+    """
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+
+    def unused(token: str | None) -> bool:
+        return token is not None and token not in (tokenizer.eos_token, tokenizer.bos_token) and token not in template
+
+    if not unused(tokenizer.pad_token):
+        special = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
+        spare = next((token for token in special if unused(token)), None)
+        if spare is None:
+            spare = "<|pad|>"
+            tokenizer.add_special_tokens({"additional_special_tokens": [spare]})
+            if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(len(tokenizer))
+        tokenizer.pad_token = spare
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def autocast_dtype(section: TrainSection) -> torch.dtype:
+    """dtype of the forward pass: bfloat16 where `dtype` is auto and the hardware computes in it, else float32."""
+    if section.dtype in ("float32", "bfloat16"):
+        return torch.float32 if section.dtype == "float32" else torch.bfloat16
+    if section.dtype != "auto":
+        raise UserError(f"train.dtype {section.dtype!r}", need="auto, float32 or bfloat16")
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a plain checkpoint with its tokenizer to `folder`: LoRA merged, complete or not there at all.
+
+    `state` gives the weights where they are not whole in `model` (sharded over processes).
+    """
+    if hasattr(model, "merge_and_unload"):
+        model = cast(Any, model).merge_and_unload()
+    plain = transformers_model(model)
+    plain.config.use_cache = True
+    with complete_or_absent(folder) as temporary:
+        plain.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
 
 
 @contextmanager
@@ -78,7 +206,7 @@ def smollm2_checkpoint(cache_dir: Path) -> Path:
     dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = dequantised.config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a plain model: the other refuses to be saved
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # the other refuses to be saved
     model.load_state_dict(dequantised.state_dict())
     model.tie_weights()
     with complete_or_absent(folder) as temporary:

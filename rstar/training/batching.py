@@ -1,0 +1,239 @@
+"""Which rows make an optimizer step, and which tokens make a forward pass.
+
+An optimizer batch is a group of whole trees whose number of rows is nearest to `batch_size`; the loss is one mean over
+it, so weights are divided by the batch's sum here and a micro-batch's loss is a plain sum. How a batch is cut into
+micro-batches or spread over processes therefore changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rstar.training.data import EncodedRow
+from rstar.training.packing import FLEX_BLOCK, Ids, TreeAttention, depth_first, pack, trie_tokens
+
+
+def optimizer_batches(trees: Sequence[str], batch_size: int, random: np.random.Generator) -> list[list[int]]:
+    """One epoch of row indices, given every row's tree. Trees come in random order and stay whole.
+
+    A tree with more rows than `batch_size` is cut into parts of equal size. A batch closes where one more tree
+    would take it further from `batch_size`.
+    """
+    members: dict[str, list[int]] = {}
+    for index, tree in enumerate(trees):
+        members.setdefault(tree, []).append(index)
+    groups: list[list[int]] = []
+    for rows in members.values():
+        parts = -(-len(rows) // batch_size)
+        groups.extend(part.tolist() for part in np.array_split(np.array(rows), parts))
+    batches: list[list[int]] = []
+    current: list[int] = []
+    for g in random.permutation(len(groups)):
+        group = groups[g]
+        if current and abs(len(current) + len(group) - batch_size) > abs(len(current) - batch_size):
+            batches.append(current)
+            current = []
+        current = current + group
+        if len(current) >= batch_size:
+            batches.append(current)
+            current = []
+    if current:
+        batches.append(current)
+    return batches
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass: a packed sequence of T tokens and the N terms of the loss.
+
+    Terms read `places` (P,), distinct places of the sequence. Policy: term i is target[i] after place which[i]. Scores:
+    term i is the score at which[i], minus the one at other[i] for a pair.
+    """
+
+    ids: Tensor  # (1, T)
+    positions: Tensor  # (1, T)
+    attention: TreeAttention
+    places: Tensor  # (P,)
+    which: Tensor  # (N,) into places
+    other: Tensor  # (N,) target ids (policy), the rejected's index into places (pairs)
+    weight: Tensor  # (N,) normalised over the optimizer batch
+    label: Tensor  # (N,) of outcome rows
+    rows: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`; a sequence goes with the attention that device has."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        attention = TreeAttention(
+            self.attention.depth.to(device), self.attention.end.to(device), self.attention.blocks,
+            self.attention.chains, flex=device.type == "cuda",
+        )  # fmt: skip
+        return MicroBatch(**moved, attention=attention, rows=self.rows)
+
+
+def build(
+    groups: Sequence[Sequence[EncodedRow]], total_weight: float, *, share: bool, multiple_of: int = 1
+) -> MicroBatch:
+    """Pack groups of rows; with `share`, the rows of a group share their prefixes.
+
+    `total_weight` is the optimizer batch's normaliser.
+    """
+    rows = [row for group in groups for row in group]
+    if share:
+        packed = pack([[path for row in group for path in row.paths] for group in groups], multiple_of=multiple_of)
+    else:
+        packed = pack([[path] for row in rows for path in row.paths], multiple_of=multiple_of)
+    where = [places for tree in packed.where for places in tree]  # in the order of the rows' paths
+    policy = len(rows[0].trained) > 0
+    read, other, weight, label = _token_terms(rows, where, packed.ids) if policy else _score_terms(rows, where)
+    places, index = np.unique(read if policy else np.concatenate([read, other]), return_inverse=True)
+    return MicroBatch(
+        ids=torch.from_numpy(packed.ids)[None],
+        positions=torch.from_numpy(packed.depth)[None],
+        attention=TreeAttention.of(packed, torch.device("cpu")),
+        places=torch.from_numpy(places),
+        which=torch.from_numpy(index[: len(read)]),
+        other=torch.from_numpy(other if policy else index[len(read) :]),
+        weight=torch.from_numpy(weight / total_weight).float(),
+        label=torch.from_numpy(label).float(),
+        rows=tuple(row.name for row in rows),
+    )
+
+
+Floats = npt.NDArray[np.float64]
+Terms = tuple[Ids, Ids, Floats, Floats]
+
+
+def _token_terms(rows: Sequence[EncodedRow], where: Sequence[Ids], ids: Ids) -> Terms:
+    """(place read, target id, weight, 0): a token counts once for each row through it that trains on it."""
+    weight = np.zeros(len(ids))
+    before = np.zeros(len(ids), dtype=np.int64)
+    for row, places in zip(rows, where, strict=True):
+        before[places[1:]] = places[:-1]
+        weight[places[row.trained]] += row.weight
+    targets = np.flatnonzero(weight)
+    return before[targets], ids[targets], weight[targets], np.zeros(len(targets))
+
+
+def _score_terms(rows: Sequence[EncodedRow], where: Sequence[Ids]) -> Terms:
+    """(place of the scored, or chosen, path's last token, the rejected's, weight, label)."""
+    last = iter([places[-1] for places in where])
+    ends = np.array([[next(last) for _ in row.paths] for row in rows], dtype=np.int64)
+    return ends[:, 0], ends[:, -1], np.array([row.weight for row in rows]), np.array([row.label for row in rows])
+
+
+def normaliser(rows: Sequence[EncodedRow]) -> float:
+    """What an optimizer batch's weighted sum of losses is divided by: its weighted target tokens, or pair weights."""
+    return float(sum(row.weight * (row.trained.sum() if len(row.trained) else 1.0) for row in rows))
+
+
+def micro_batches(
+    rows: Sequence[EncodedRow], budget: int, *, tree_packing: bool, processes: int = 1, multiple_of: int = 1
+) -> list[list[MicroBatch]]:
+    """Cut one optimizer batch into micro-batches of at most `budget` tokens, as many for each of `processes`.
+
+    A tree over the budget is cut where its paths diverge; only a row that is alone over the budget exceeds it.
+    """
+    total = normaliser(rows) or 1.0
+    tries: list[list[EncodedRow]] = []
+    if tree_packing:
+        members: dict[str, list[EncodedRow]] = {}
+        for row in rows:
+            members.setdefault(row.tree_id, []).append(row)
+        for group in members.values():
+            order = depth_first([row.paths[0] for row in group])
+            tries.extend(_within([group[k] for k in order], budget))
+    else:
+        tries = [[row] for row in rows]
+    sized = sorted(((_tokens(part, tree_packing), part) for part in tries), key=lambda item: -item[0])
+    shares: list[list[tuple[int, list[EncodedRow]]]] = [[] for _ in range(processes)]
+    for item in sized:  # largest first to the process with the least
+        min(shares, key=lambda share: sum(size for size, _ in share)).append(item)
+    packed = [
+        [build(groups, total, share=tree_packing, multiple_of=multiple_of) for groups in _bins(share, budget)]
+        for share in shares
+    ]
+    most = max(len(share) for share in packed)
+    for share in packed:  # collectives need as many passes everywhere: fill with a row of no weight
+        share.extend(
+            build([[rows[0]]], float("inf"), share=True, multiple_of=multiple_of) for _ in range(most - len(share))
+        )
+    return packed
+
+
+def _tokens(part: Sequence[EncodedRow], tree_packing: bool) -> int:
+    return trie_tokens([p for row in part for p in row.paths]) if tree_packing else sum(row.tokens for row in part)
+
+
+def _within(rows: list[EncodedRow], budget: int) -> list[list[EncodedRow]]:
+    if len(rows) == 1 or _tokens(rows, True) <= budget:
+        return [rows]
+    middle = len(rows) // 2
+    return _within(rows[:middle], budget) + _within(rows[middle:], budget)
+
+
+def _bins(sized: Sequence[tuple[int, list[EncodedRow]]], budget: int) -> list[list[list[EncodedRow]]]:
+    """First fit: tries (largest first) into as few sequences of `budget` tokens as come out."""
+    bins: list[tuple[int, list[list[EncodedRow]]]] = []
+    for size, part in sized:
+        for k, (used, content) in enumerate(bins):
+            if used + size <= budget:
+                bins[k] = (used + size, [*content, part])
+                break
+        else:
+            bins.append((size, [part]))
+    return [content for _, content in bins]
+
+
+class OptimizerSteps(Dataset[list[MicroBatch]]):
+    """The whole run in order: item k is this process's micro-batches of optimizer step k.
+
+    The order is a function of the seed alone, so a run resumes by skipping the steps it has made.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[EncodedRow],
+        *,
+        batch_size: int,
+        epochs: float,
+        seed: int,
+        budget: int,
+        tree_packing: bool,
+        process: int = 0,
+        processes: int = 1,
+        flex: bool = False,
+    ) -> None:
+        self.rows, self.budget, self.tree_packing = rows, budget, tree_packing
+        self.process, self.processes, self.multiple_of = process, processes, FLEX_BLOCK if flex else 1
+        trees = [row.tree_id for row in rows]
+        self.batches: list[list[int]] = []
+        epoch = 0
+        while epoch < epochs:
+            batches = optimizer_batches(trees, batch_size, np.random.default_rng([seed, epoch]))
+            share = min(1.0, epochs - epoch)
+            self.batches.extend(batches[: max(1, round(share * len(batches)))])
+            epoch += 1
+        self.epochs = epochs
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        rows = [self.rows[k] for k in self.batches[step]]
+        shares = micro_batches(
+            rows, self.budget, tree_packing=self.tree_packing, processes=self.processes, multiple_of=self.multiple_of
+        )
+        return shares[self.process]

@@ -1,0 +1,171 @@
+"""Training the process preference model (rStar-Math section 3.3), and its ablations PQM and ORM.
+
+The PPM is the round's policy with a scalar head, a plain sequence classifier with one label. It is trained on the raw
+logit; the score that is served is tanh(raw / scale), see rstar.engines.base.squash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rstar.config import PpmSection
+from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.training.batching import MicroBatch, micro_batches
+from rstar.training.data import EncodedRow, encode_outcome, encode_pair, encode_rows, nothing_to_train
+from rstar.training.loop import LossModule, TrainResult, train
+from rstar.training.losses import outcome_losses, pairwise_losses, q_losses
+from rstar.training.models import load_ppm, transformers_model
+from rstar.training.packing import FLEX_BLOCK
+from rstar.types import OutcomeRow, PreferenceRow, TrainProgress, UserError
+
+CALIBRATION_BINS = 10
+MIN_PROBLEMS_FOR_HELDOUT = 10
+
+
+@dataclass(frozen=True)
+class PairMetrics:
+    """How well scores order pairs. Shares in [0, 1]; a tie counts as half right."""
+
+    pairs: int
+    accuracy: float
+    loss: float  # weighted mean of -log sigmoid(chosen - rejected), raw logits
+    calibration_error: (
+        float  # |confidence - accuracy| over equal bins of sigmoid(|difference|), weighted by their pairs
+    )
+
+
+@dataclass(frozen=True)
+class PpmResult:
+    """The run, and pair accuracy before and after it. None without pairs (PQM, ORM, or no held-out problems)."""
+
+    training: TrainResult
+    heldout_problems: int
+    heldout_before: PairMetrics | None
+    heldout_after: PairMetrics | None
+    train_before: PairMetrics | None
+    train_after: PairMetrics | None
+
+
+class ScoreLoss(LossModule):
+    """Loss on the raw scores of paths, read at their last tokens."""
+
+    def __init__(self, model: torch.nn.Module, section: PpmSection) -> None:
+        super().__init__(model)
+        self.section = section
+
+    def scores(self, batch: MicroBatch) -> Tensor:
+        """Raw logits (P,) at the batch's places, float32."""
+        model = transformers_model(self.model)
+        body = getattr(model, model.base_model_prefix)
+        hidden = body(**self.inputs(batch)).last_hidden_state[0, batch.places]
+        return model.score(hidden)[:, 0].float()  # type: ignore[no-any-return]
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        scores = self.scores(batch)
+        raw = scores[batch.which]
+        match self.section.loss:
+            case "pairwise":
+                scale = self.section.score_scale if self.section.tanh_in_loss else 0.0
+                losses = pairwise_losses(raw, scores[batch.other], tanh_scale=scale)
+            case "mse":
+                losses = q_losses(raw, batch.label, scale=self.section.score_scale)
+            case _:
+                losses = outcome_losses(raw, batch.label, scale=self.section.score_scale)
+        return (batch.weight * losses).sum()
+
+
+def train_ppm(
+    rows: Sequence[PreferenceRow] | Sequence[OutcomeRow],
+    body: str,
+    output: Path,
+    section: PpmSection,
+    *,
+    seed: int,
+    on_progress: Callable[[TrainProgress], None] = lambda progress: None,
+) -> PpmResult:
+    """Train a scorer from the policy `body` and write it to `output`; plain transformers and vLLM load it.
+
+    `loss: pairwise` takes PreferenceRows (weighted mean of the pairs' losses, Eq. 4); `mse` and `bce` take OutcomeRows.
+    A share `heldout` of the problems (none below ten problems) is kept for pair accuracy. Raises UserError as
+    `train_policy` does.
+    """
+    if section.loss not in ("pairwise", "mse", "bce"):
+        raise UserError(f"ppm.loss {section.loss!r}", need="pairwise, mse or bce")
+    pairwise = section.loss == "pairwise"
+    if not rows:
+        raise nothing_to_train("pairs" if pairwise else "labelled solutions")
+    tokenizer = load_tokenizer(body)
+    encoder = SegmentEncoder(tokenizer)
+    if pairwise:
+        pairs = [row for row in rows if isinstance(row, PreferenceRow)]
+        encoded = encode_rows(pairs, encode_pair, encoder, section.max_length)
+    else:
+        labelled = [row for row in rows if isinstance(row, OutcomeRow)]
+        encoded = encode_rows(labelled, encode_outcome, encoder, section.max_length)
+    if len(encoded) != len(rows):
+        raise UserError(f"ppm.loss={section.loss} with rows of another kind", need="pairs" if pairwise else "labels")
+    heldout = held_out_problems([row.problem_id for row in encoded], section.heldout, seed)
+    train_rows = [row for row in encoded if row.problem_id not in heldout]
+    heldout_rows = [row for row in encoded if row.problem_id in heldout]
+    torch.manual_seed(seed)  # the new head
+    loaded = load_ppm(body, section, tokenizer)
+    module = ScoreLoss(loaded.model, section)
+    if torch.cuda.is_available():
+        module.to("cuda")
+
+    def measure() -> tuple[PairMetrics | None, PairMetrics | None]:
+        if not pairwise:
+            return None, None
+        return pair_metrics(module, heldout_rows, section), pair_metrics(module, train_rows, section)
+
+    before = measure()
+    after: list[tuple[PairMetrics | None, PairMetrics | None]] = []
+    result = train(
+        module, loaded, train_rows, section, output=output, seed=seed, on_progress=on_progress,
+        before_saving=lambda: after.append(measure()),
+    )  # fmt: skip
+    return PpmResult(result, len(heldout), before[0], after[0][0], before[1], after[0][1])
+
+
+def held_out_problems(problem_ids: Sequence[str], share: float, seed: int) -> set[str]:
+    """A random `share` of the distinct problems, at least one; none where there are fewer than ten."""
+    problems = sorted(set(problem_ids))
+    if share <= 0 or len(problems) < MIN_PROBLEMS_FOR_HELDOUT:
+        return set()
+    count = max(1, round(share * len(problems)))
+    return set(np.random.default_rng(seed).permutation(problems)[:count].tolist())
+
+
+@torch.no_grad()
+def pair_metrics(module: ScoreLoss, rows: Sequence[EncodedRow], section: PpmSection) -> PairMetrics | None:
+    """Pair accuracy, loss and calibration of the raw scores; None without rows."""
+    if not rows:
+        return None
+    training = module.training
+    module.eval()
+    device = next(module.parameters()).device
+    multiple_of = FLEX_BLOCK if device.type == "cuda" else 1
+    differences, weights = [], []
+    for batch in micro_batches(rows, section.micro_batch_tokens, tree_packing=True, multiple_of=multiple_of)[0]:
+        on_device = batch.to(device)
+        scores = module.scores(on_device)
+        differences.append((scores[on_device.which] - scores[on_device.other]).cpu().numpy())
+        weights.append(batch.weight.numpy())
+    module.train(training)
+    difference, weight = np.concatenate(differences).astype(np.float64), np.concatenate(weights)
+    right = np.where(difference == 0, 0.5, difference > 0)
+    confidence = 1 / (1 + np.exp(-np.abs(difference)))
+    bins = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = [abs((confidence[bins == b] - right[bins == b]).sum()) for b in range(CALIBRATION_BINS)]
+    return PairMetrics(
+        pairs=len(right),
+        accuracy=float(right.mean()),
+        loss=float((weight * np.logaddexp(0, -difference)).sum() / weight.sum()),
+        calibration_error=float(sum(gaps) / len(right)),
+    )

@@ -1,0 +1,145 @@
+"""The process preference model: its loss, its checkpoint, and what is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rstar.config import PpmSection
+from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.training.batching import micro_batches
+from rstar.training.data import encode_pair
+from rstar.training.losses import pairwise_losses, q_losses
+from rstar.training.models import give_pad_token, load_ppm
+from rstar.training.ppm import ScoreLoss, held_out_problems, pair_metrics, train_ppm
+from rstar.types import UserError
+from tests.training_rows import outcome_rows, pair_rows
+
+QUICK = PpmSection(epochs=6, learning_rate=3e-3, batch_size=8, micro_batch_tokens=2048, dtype="float32")
+
+
+def test_pairwise_loss_has_the_golden_values() -> None:
+    """r_pos = {1.2, 0.4}, r_neg = {-0.3, 0.1}, all four pairs; worked out by hand beside the paper's Eq. 4."""
+    chosen, rejected = torch.tensor([1.2, 1.2, 0.4, 0.4]), torch.tensor([-0.3, 0.1, -0.3, 0.1])
+    losses = pairwise_losses(chosen, rejected)
+    assert losses.tolist() == pytest.approx([0.201413, 0.287335, 0.403186, 0.554355], abs=1e-6)
+    assert float(losses.mean()) == pytest.approx(0.361572, abs=1e-6)
+    assert float(pairwise_losses(chosen, rejected, tanh_scale=1.0).mean()) == pytest.approx(0.412201, abs=1e-6)
+
+
+def test_tanh_in_the_loss_bounds_it_from_below() -> None:
+    """ln(1 + e^-2) = 0.1269: no margin can be larger than 2."""
+    loss = pairwise_losses(torch.tensor([1e4]), torch.tensor([-1e4]), tanh_scale=5.0)
+    assert float(loss) == pytest.approx(0.126928, abs=1e-5)
+
+
+def test_q_loss_is_on_the_served_score() -> None:
+    assert float(q_losses(torch.tensor([5.0]), torch.tensor([np.tanh(1.0)]), scale=5.0)) == pytest.approx(0, abs=1e-10)
+
+
+def test_pairs_are_learnt_and_the_checkpoint_scores_as_in_training(tiny_model: Path, tmp_path: Path) -> None:
+    rows = pair_rows(trees=12)
+    result = train_ppm(rows, str(tiny_model), tmp_path / "ppm", dataclasses.replace(QUICK, heldout=0.2), seed=0)
+    assert result.heldout_problems == 2
+    assert result.train_before is not None and result.train_after is not None and result.heldout_after is not None
+    assert result.train_before.loss == pytest.approx(np.log(2), abs=0.02)  # a small head calls every pair a draw
+    assert result.train_after.accuracy > 0.95 > result.train_before.accuracy
+    assert result.train_after.pairs == 10 * 7 and result.heldout_after.pairs == 2 * 7
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ppm")
+    assert model.config.rstar_score_scale == 5.0 and model.config.num_labels == 1
+    assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
+    encoder = SegmentEncoder(tokenizer)
+    held = [encode_pair(row, encoder, 4096) for row in rows]
+    trained = ScoreLoss(load_ppm(str(tmp_path / "ppm"), QUICK, tokenizer).model, QUICK)
+    trained.model.load_state_dict(model.state_dict())  # load_ppm made a new head
+    metrics = pair_metrics(trained, [row for row in held if row.problem_id not in held_out(rows)], QUICK)
+    assert metrics is not None and metrics.loss == pytest.approx(result.train_after.loss, abs=1e-5)
+    assert metrics.accuracy == result.train_after.accuracy
+    # stock scoring of a right-padded batch of paths of different lengths gives the packed pass's scores
+    (batch,), = micro_batches(held[:7], 100_000, tree_packing=True)  # fmt: skip
+    with torch.no_grad():
+        packed = trained.scores(batch)
+        by_name = {row.name: row for row in held[:7]}
+        paths = [list(path) for name in batch.rows for path in by_name[name].paths]
+        width = max(len(path) for path in paths)
+        padded = torch.tensor([path + [tokenizer.pad_token_id] * (width - len(path)) for path in paths])
+        mask = torch.tensor([[1] * len(path) + [0] * (width - len(path)) for path in paths])
+        stock = model(input_ids=padded, attention_mask=mask).logits[:, 0]
+    torch.testing.assert_close(packed[batch.which], stock[0::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[batch.other], stock[1::2], atol=1e-5, rtol=1e-5)
+
+
+def held_out(rows: list) -> set[str]:
+    return held_out_problems([row.problem_id for row in rows], 0.2, 0)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_labels_are_learnt(tiny_model: Path, tmp_path: Path, loss: str) -> None:
+    section = dataclasses.replace(QUICK, loss=loss, epochs=30, score_scale=1.0)
+    result = train_ppm(outcome_rows(trees=4), str(tiny_model), tmp_path / "v", section, seed=0)
+    assert result.training.last_loss < 0.2 * result.training.first_loss
+    assert result.heldout_after is None
+
+
+def test_rows_of_the_wrong_kind_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rows of another kind"):
+        train_ppm(outcome_rows(), str(tiny_model), tmp_path / "v", QUICK, seed=0)
+
+
+def test_no_pairs_stop_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pairs to train on"):
+        train_ppm([], "/nowhere", tmp_path / "v", QUICK, seed=0)
+
+
+def test_long_pairs_lose_the_same_segments_and_still_share_their_prefix(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    row = next(row for row in pair_rows() if len(row.chosen_segments) > 1)
+    whole = encode_pair(row, encoder, 1000)
+    cut = encode_pair(row, encoder, min(len(path) for path in whole.paths) - 1)
+    assert cut.truncated and not whole.truncated
+    assert cut.paths[0].tolist() == encoder.encode([*row.prompt_segments[1:], *row.chosen_segments])
+    assert cut.paths[1].tolist() == encoder.encode([*row.prompt_segments[1:], *row.rejected_segments])
+
+
+def test_no_problem_is_on_both_sides_and_few_problems_are_not_split() -> None:
+    ids = [f"p{k % 40}" for k in range(200)]
+    held = held_out_problems(ids, 0.05, 1)
+    assert len(held) == 2 and held <= set(ids) and held == held_out_problems(ids, 0.05, 1)
+    assert held_out_problems(ids[:9], 0.05, 1) == set() == held_out_problems(ids, 0.0, 1)
+
+
+def test_the_pad_token_is_never_the_end_token(tiny_model: Path) -> None:
+    """Scoring reads the last token that is not padding: with pad == eos a path that ends in eos would be misread."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    own = tokenizer.pad_token
+    give_pad_token(model, tokenizer)
+    assert tokenizer.pad_token == own  # one of its own is kept
+    tokenizer.pad_token = tokenizer.eos_token
+    give_pad_token(model, tokenizer)
+    assert tokenizer.pad_token == own and model.config.pad_token_id == tokenizer.pad_token_id  # a spare one serves
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = own + str(tokenizer.chat_template)  # now no spare one is left
+    before = len(tokenizer)
+    give_pad_token(model, tokenizer)
+    assert tokenizer.pad_token_id == before == model.get_input_embeddings().weight.shape[0] - 1
+
+
+def test_calibration_error_of_certain_but_wrong_scores_is_large(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    rows = [encode_pair(row, encoder, 1000) for row in pair_rows()]
+    module = ScoreLoss(load_ppm(str(tiny_model), QUICK, encoder.tokenizer).model, QUICK)
+    draw = pair_metrics(module, rows, QUICK)
+    torch.nn.init.normal_(module.model.score.weight, std=30.0)
+    certain = pair_metrics(module, rows, QUICK)
+    assert draw is not None and certain is not None
+    assert certain.calibration_error == pytest.approx(1 - certain.accuracy, abs=0.05)
+    assert draw.calibration_error == pytest.approx(abs(draw.accuracy - 0.5), abs=0.05)

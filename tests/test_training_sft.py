@@ -1,0 +1,237 @@
+"""The policy's fine-tuning: what is trained on, what comes out, and how it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rstar.config import TrainSection
+from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.training.batching import micro_batches
+from rstar.training.data import encode_sft, read_rows
+from rstar.training.loop import PackedTrainer, metrics_path
+from rstar.training.models import load_policy, save_model
+from rstar.training.sft import TokenLoss, train_policy
+from rstar.types import PreferenceRow, SftRow, TrainProgress, UserError
+from tests.training_rows import sft_rows
+
+QUICK = TrainSection(
+    epochs=2, learning_rate=1e-3, batch_size=4, micro_batch_tokens=512, dtype="float32", weight_decay=0.0
+)
+
+
+def curve(output: Path, figure: str = "loss") -> list[float]:
+    return [json.loads(line)[figure] for line in metrics_path(output).read_text().splitlines()]
+
+
+def test_a_handful_of_solutions_is_memorised_up_to_the_end_token(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sft_rows(trees=4, count=1)
+    section = dataclasses.replace(QUICK, epochs=60, learning_rate=5e-3, warmup_ratio=0.1)
+    seen: list[TrainProgress] = []
+    result = train_policy(rows, str(tiny_model), tmp_path / "policy", section, seed=0, on_progress=seen.append)
+    assert result.first_loss > 2 and result.last_loss < 0.05
+    assert [p.step for p in seen] == list(range(1, result.steps + 1)) and result.steps == 60
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    encoder = SegmentEncoder(tokenizer)
+    for row in rows:
+        prompt = encoder.encode(row.prompt_segments)
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=80, do_sample=False)[0, len(prompt) :]
+        first, last = (text for text, _ in row.segments[:2])
+        assert tokenizer.decode(written).startswith(first + last)
+        shown = encoder.encode((*row.prompt_segments, *(text for text, _ in row.segments[:3])))
+        answer = model.generate(torch.tensor([shown]), max_new_tokens=80, do_sample=False)[0, len(shown) :]
+        assert tokenizer.decode(answer) == row.segments[3][0] + tokenizer.eos_token
+
+
+def test_only_the_models_own_tokens_are_trained(tiny_model: Path) -> None:
+    """Other labels for prompt and interpreter output leave the loss as it is; others for own segments do not."""
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    row = encode_sft(sft_rows()[0], encoder, 1000)
+    module = TokenLoss(load_policy(str(tiny_model), TrainSection(), encoder.tokenizer).model)
+    (batch,), = micro_batches([row], 1000, tree_packing=True)  # fmt: skip
+    segments = [*((text, False) for text in sft_rows()[0].prompt_segments), *sft_rows()[0].segments]
+    expected = [mine for text, mine in segments for _ in encoder.encode([text])[1 if text is None else 0 :]]
+    assert len(row.trained) == len(expected) + 1 and row.trained[-1]  # the end token
+    trained_text = encoder.tokenizer.decode(row.paths[0][row.trained])
+    own = "".join(text for text, mine in segments if mine)
+    assert trained_text == own + encoder.tokenizer.eos_token
+    assert batch.other.tolist() == row.paths[0][row.trained].tolist()
+    loss = float(module(batch).detach())
+    batch.other[0] = (batch.other[0] + 1) % 100
+    assert float(module(batch).detach()) != pytest.approx(loss, abs=1e-4)
+
+
+def test_a_solution_that_does_not_end_with_own_text_gets_no_end_token(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    row = dataclasses.replace(sft_rows()[0], segments=sft_rows()[0].segments[:3])
+    assert encode_sft(row, encoder, 1000).paths[0][-1] != encoder.tokenizer.eos_token_id
+
+
+def test_long_rows_lose_segments_from_the_left(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    row = sft_rows()[0]
+    whole = encode_sft(row, encoder, 1000)
+    room = len(whole.paths[0]) - 1
+    cut = encode_sft(row, encoder, room)
+    assert not whole.truncated and cut.truncated
+    kept = [*row.prompt_segments[1:], *(text for text, _ in row.segments)]
+    assert cut.paths[0].tolist() == [*encoder.encode(kept), encoder.tokenizer.eos_token_id]
+    assert cut.trained.sum() == whole.trained.sum()
+    tail = encode_sft(row, encoder, 5)  # shorter than the last segment
+    assert len(tail.paths[0]) == 5 == len(tail.trained) and tail.truncated
+    assert tail.paths[0].tolist() == whole.paths[0][-5:].tolist()
+
+
+def test_packed_and_plain_rows_give_the_same_curve(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sft_rows(trees=6, weights=True)
+    sections = {
+        "packed": QUICK,
+        "small": dataclasses.replace(QUICK, micro_batch_tokens=100),
+        "plain": dataclasses.replace(QUICK, tree_packing=False),
+        "checkpointed": dataclasses.replace(QUICK, gradient_checkpointing=True),
+    }
+    results = {
+        name: train_policy(rows, str(tiny_model), tmp_path / name, section, seed=3)
+        for name, section in sections.items()
+    }
+    expected = curve(tmp_path / "packed")
+    assert len(expected) == 12 and expected[-1] < expected[0]
+    for name in sections:
+        assert curve(tmp_path / name) == pytest.approx(expected, abs=1e-4), name
+    assert results["packed"].tokens < results["plain"].tokens == results["packed"].flat_tokens
+
+
+def test_the_same_seed_gives_the_same_weights(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sft_rows()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_policy(rows, str(tiny_model), tmp_path / name, QUICK, seed=seed)
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rate_follows_the_schedule(tiny_model: Path, tmp_path: Path, schedule: str) -> None:
+    section = dataclasses.replace(QUICK, schedule=schedule, warmup_ratio=0.25, epochs=8, batch_size=12)
+    train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
+    rates = curve(tmp_path / "p", "learning_rate")
+    assert len(rates) == 8 and rates[:3] == pytest.approx([0.0, 0.5e-3, 1e-3])
+    assert rates[-1] == pytest.approx({"linear": 1e-3 / 6, "cosine": 6.7e-5, "constant": 1e-3}[schedule], rel=0.01)
+
+
+def test_no_weight_decay_on_norms(tiny_model: Path, tmp_path: Path) -> None:
+    section = dataclasses.replace(
+        QUICK, learning_rate=1e-2, weight_decay=0.5, epochs=1, batch_size=12, max_grad_norm=1e-30
+    )
+    train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_model, tmp_path / "p"))
+    shrunk = {name for name in before if (after[name].abs().sum() < 0.9999 * before[name].abs().sum())}
+    norms = {name for name in before if "norm" in name}
+    assert norms and not norms & shrunk
+    assert "model.layers.0.mlp.up_proj.weight" in shrunk
+
+
+def test_lora_is_merged_into_a_plain_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    section = dataclasses.replace(QUICK, lora_rank=4, epochs=10, learning_rate=1e-2)
+    result = train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
+    assert result.last_loss < result.first_loss - 0.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert torch.equal(model.model.norm.weight, base.model.norm.weight)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_an_interrupted_run_resumes_to_the_same_weights(tiny_model: Path, tmp_path: Path, lora_rank: int) -> None:
+    rows = sft_rows(trees=8)
+    section = dataclasses.replace(QUICK, save_steps=3, schedule="cosine", lora_rank=lora_rank)
+
+    def stop_at_8(progress: TrainProgress) -> None:
+        if progress.step == 8:
+            raise Interrupted
+
+    train_policy(rows, str(tiny_model), tmp_path / "whole", section, seed=5)
+    with pytest.raises(Interrupted):
+        train_policy(rows, str(tiny_model), tmp_path / "cut", section, seed=5, on_progress=stop_at_8)
+    assert not (tmp_path / "cut").exists()
+    half = tmp_path / ".cut-checkpoints" / "checkpoint-7"  # as a crash while saving would leave it
+    half.mkdir()
+    torch.manual_seed(99)
+    steps: list[int] = []
+    result = train_policy(
+        rows, str(tiny_model), tmp_path / "cut", section, seed=5, on_progress=lambda p: steps.append(p.step)
+    )
+    assert steps == list(range(7, 17)) and result.steps == 16
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert not list(tmp_path.glob(".*"))  # nothing temporary is left
+
+
+def test_checkpoints_of_another_run_are_not_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    section = dataclasses.replace(QUICK, save_steps=1)
+
+    def stop(progress: TrainProgress) -> None:
+        if progress.step == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=5, on_progress=stop)
+    steps: list[int] = []
+    train_policy(
+        sft_rows(), str(tiny_model), tmp_path / "p", section, seed=6, on_progress=lambda p: steps.append(p.step)
+    )
+    assert steps[0] == 1 and len(curve(tmp_path / "p")) == len(steps)
+
+
+def test_no_rows_stop_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no solutions to train on"):
+        train_policy([], "/nowhere", tmp_path / "p", QUICK, seed=0)
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = load_tokenizer(tiny_model)
+    digit = tokenizer("7", add_special_tokens=False)["input_ids"][-1]
+    model.model.embed_tokens.weight.data[digit] = float("nan")
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    save_model(model, tokenizer, tmp_path / "broken")
+    rows = [row for row in sft_rows(trees=8) if row.tree_id in ("t2", "t7")]  # only t7's rows hold a 7
+    section = dataclasses.replace(QUICK, batch_size=100, micro_batch_tokens=1, tree_packing=False)
+    with pytest.raises(UserError, match="nan at step 1 on the rows t7/") as caught:
+        train_policy(rows, str(tmp_path / "broken"), tmp_path / "p", section, seed=0)
+    assert "t2/" not in str(caught.value) and not (tmp_path / "p").exists()
+
+
+def test_a_gpu_out_of_memory_names_the_setting(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PackedTrainer, "training_step", full)
+    with pytest.raises(UserError, match="micro_batch_tokens=512"):
+        train_policy(sft_rows(), str(tiny_model), tmp_path / "p", QUICK, seed=0)
+
+
+def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
+    rows = sft_rows(weights=True)
+    path = tmp_path / "sft.jsonl"
+    path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    assert read_rows(path, SftRow) == rows
+    with pytest.raises(UserError, match=r"sft.jsonl:1 has no chosen"):
+        read_rows(path, PreferenceRow)
+    path.write_text('{"prompt": \n')
+    with pytest.raises(UserError, match=r"sft.jsonl:1 is not JSON"):
+        read_rows(path, SftRow)
