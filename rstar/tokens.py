@@ -204,6 +204,44 @@ class SegmentEncoder:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+class TextStream:
+    """Generated ids to text, one id at a time; `text` grows only by whole characters.
+
+    Equals decoding all ids at once: a few ids before the new ones go with them, because some tokenizers drop the space
+    that begins a text, and ids that end within a character wait for its other bytes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> None:
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._window = list(prompt_ids[-4:])
+        self._context = len(self._window)  # ids of the window whose text is out already
+        self._shown = self._decode(self._window)
+
+    def push(self, token: int) -> None:
+        """Add one generated id."""
+        self._window.append(token)
+        decoded = self._decode(self._window)
+        if not decoded.endswith("\ufffd"):
+            self._emit(decoded)
+
+    def finish(self) -> None:
+        """No more ids: what still waits is shown as it is."""
+        if len(self._window) > self._context:
+            self._emit(self._decode(self._window))
+
+    def _emit(self, decoded: str) -> None:
+        self.text += decoded[len(self._shown) :]
+        self._window = self._window[self._context :]
+        self._context = len(self._window)
+        self._shown = self._decode(self._window)
+
+    def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Id of the begin token where the tokenizer puts one before every text; None where it puts none."""
     ids = tokenizer("a")["input_ids"]
