@@ -130,6 +130,7 @@ class SearchSection:
     rollouts: int = 16
     escalate: list[int] = field(default_factory=list)  # problems without a correct answer go on by these many more
     candidates: int = 8  # samples per expansion
+    answer_candidates: int = 0  # samples of the answer step, which mostly copies the printed output; 0: as candidates
     temperature: float = 1.0
     top_p: float = 1.0
     max_depth: int = 16  # steps, the answer step counts

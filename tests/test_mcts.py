@@ -9,7 +9,7 @@ import random
 import pytest
 
 from rstar.engines.simulated import arithmetic_score, arithmetic_script
-from rstar.search.expand import path_prompt
+from rstar.search.expand import Sampling, path_prompt
 from rstar.search.mcts import Mcts, puct, select, sequence_priors, uct
 from rstar.search.sample import sample
 from rstar.tree import Node, Tree
@@ -126,7 +126,7 @@ async def test_malformed_text_is_recorded_and_never_backed_up(text: str, reason:
 
 async def test_token_limit_makes_a_candidate_malformed_even_when_it_looks_whole() -> None:
     expander = grow(lambda prompt, seed, index: step(1, "x" * 400))
-    expander = type(expander)(expander.tree, expander.tools, type(expander.sampling)(2, 1.0, max_step_tokens=5))
+    expander = type(expander)(expander.tree, expander.tools, Sampling(2, max_step_tokens=5))
     (child,) = await expander.expand(expander.tree.root)
     assert child.terminal is TerminalReason.MALFORMED
 
@@ -178,6 +178,14 @@ async def test_deviation_D5_all_distinct_answer_siblings_are_kept() -> None:
     found = expander.tree.answers()
     assert [(n.answer, n.multiplicity, n.reward) for n in found] == [("0", 2, -1.0), ("1", 2, 1.0), ("2", 2, -1.0)]
     assert expander.tree.root.visit_count == 3  # the root counts back-ups, not rollouts
+
+
+async def test_deviation_D13_answer_steps_may_get_fewer_samples() -> None:
+    expander = grow(branching(1, lambda made: True))
+    expander = type(expander)(expander.tree, expander.tools, Sampling(4, answer_candidates=2))
+    await Mcts(expander).search(1)
+    sampled = [sum(c.multiplicity for c in expander.tree.children(n)) for n in expander.tree.nodes if n.expanded]
+    assert sampled == [4, 4, 2]
 
 
 async def test_duplicates_become_one_node_with_a_multiplicity_and_are_run_once() -> None:
@@ -394,7 +402,7 @@ async def test_sampling_draws_n_solutions_and_counts_shared_texts() -> None:
 
 async def test_greedy_is_one_sample_at_temperature_zero() -> None:
     expander = grow(branching(2, lambda made: made == [0, 0]))
-    expander = type(expander)(expander.tree, expander.tools, type(expander.sampling)(1, 0.0, max_step_tokens=99))
+    expander = type(expander)(expander.tree, expander.tools, Sampling(1, temperature=0.0, max_step_tokens=99))
     await sample(expander, 1)
     (leaf,) = expander.tree.answers()
     assert leaf.reward == 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,3 +238,38 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     path.write_text('{"prompt": \n')
     with pytest.raises(UserError, match=r"sft.jsonl:1 is not JSON"):
         read_rows(path, SftRow)
+
+
+WORKER = """
+import dataclasses, sys
+from pathlib import Path
+from rstar.training.sft import train_policy
+from tests.test_training_sft import DISTRIBUTED
+from tests.training_rows import sft_rows
+section = dataclasses.replace(DISTRIBUTED, **eval(sys.argv[3]))
+train_policy(sft_rows(trees=6, weights=True), sys.argv[1], Path(sys.argv[2]), section, seed=0)
+"""
+DISTRIBUTED = dataclasses.replace(QUICK, batch_size=8, micro_batch_tokens=1, tree_packing=False)
+
+
+def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Batch 8 is one micro-batch a row, eight in one process or spread over two: equal losses, equal weights."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    runs = {"two": (2, {}), "packed": (2, {"tree_packing": True, "micro_batch_tokens": 200}), "one": (1, {})}
+    for name, (processes, change) in runs.items():
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [
+            *(launcher if processes > 1 else [sys.executable]),
+            str(script),
+            str(tiny_model),
+            str(tmp_path / name),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, repr(change)], check=True, env=environment, capture_output=True, timeout=300)
+    for name in ("two", "packed"):
+        assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "one"), abs=1e-5)
+        assert curve(tmp_path / name, "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=1e-4)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=2e-4, rtol=1e-3)

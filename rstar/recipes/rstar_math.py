@@ -22,7 +22,9 @@ D10 the answer of several trajectories is reported by top score, by majority of 
     vote goes to the answer with the higher best score, C breaks ties at random.
 D11 interpreter output and `<output>`, `<answer>` tags are written by us and carry no loss; C trains on them.
 D12 escalation adds rollouts to the same tree; P does not say whether it starts again.
-D13 with warmup.enabled (the quickstart; off by default and in the paper's configs) the base of all rounds is a small
+D13 the answer step may get fewer samples than the others (off by default; the quickstart saves a third of its tokens):
+    search.answer_candidates=2.
+D14 with warmup.enabled (the quickstart; off by default and in the paper's configs) the base of all rounds is a small
     supervised start on worked code solutions of training problems, because a 135M model has no 236B bootstrap beside it.
 """
 

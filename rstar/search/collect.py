@@ -207,6 +207,7 @@ class SearchWorker:
 def _sampling(section: SearchSection) -> Sampling:
     return Sampling(
         candidates=section.candidates,
+        answer_candidates=section.answer_candidates,
         temperature=section.temperature,
         top_p=section.top_p,
         max_step_tokens=section.max_step_tokens,

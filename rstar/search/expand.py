@@ -48,7 +48,8 @@ class Sampling:
     """How candidates are drawn."""
 
     candidates: int
-    temperature: float
+    answer_candidates: int = 0  # of the answer step, which mostly copies the printed output; 0: as `candidates`
+    temperature: float = 1.0
     top_p: float = 1.0
     max_step_tokens: int = 256
     max_depth: int = 16  # steps on a path, the answer step counts
@@ -88,12 +89,15 @@ class Expander:
         self._session = tools.open_session(session_seed(tree.problem, tree.seed))
 
     async def expand(self, node: Node, n: int = 0) -> list[Node]:
-        """Sample `n` (0: `candidates`) continuations of `node`, add them as children and back up what is terminal.
+        """Sample `n` (0: as configured) continuations of `node`, add them as children and back up what is terminal.
 
         Returns the new children. A node whose expansion yields no live child, no answer and no max_depth becomes a
         dead end: -1, backed up once from the node itself.
         """
-        generations = await self.sample(node, n or self.sampling.candidates)
+        sampling = self.sampling
+        if not n and node.parent is not None and kind_of(node.text) is StepKind.CODE:
+            n = sampling.answer_candidates
+        generations = await self.sample(node, n or sampling.candidates)
         children = await self.attach(node, generations)
         useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
         if not any(child.terminal in useful for child in children):

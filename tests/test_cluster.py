@@ -1,0 +1,160 @@
+"""Search workers, inline and on Ray: same trees, every problem once, resumed and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rstar.cluster import PASSIVE_WAIT, search_all
+from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
+from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, collect, unfinished
+from rstar.store import index, read_trees
+from rstar.types import Problem
+
+PROBLEMS = [Problem(id=f"sum-{i:02d}", question=f"What is {i} + {i + 3} + 4?", answer=str(2 * i + 7), level="1") for i in range(10)]
+
+
+def job(folder: Path, **search: object) -> SearchJob:
+    section = SearchSection(rollouts=3, candidates=3, trees_in_flight=4, **search)  # type: ignore[arg-type]
+    return SearchJob(
+        passes=(SearchPass(folder, section),),
+        engine=EngineSection(kind="simulated"),
+        sandbox=SandboxSection(processes=1),
+        model=ModelSection(base="none", template="slm"),
+        policy="",
+    )
+
+
+def items(problems: list[Problem] = PROBLEMS) -> list[WorkItem]:
+    return [WorkItem(0, p) for p in problems]
+
+
+def contents(folder: Path) -> list[list[dict]]:
+    """Trees without what differs between workers: clocks and names."""
+    found = []
+    for tree in read_trees(folder):
+        rows = list(tree.to_rows())
+        for key in ("seconds", "worker"):
+            rows[0].pop(key)
+        for row in rows[1:]:
+            row.pop("cpu_ms")
+        found.append(rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inline")
+    done: list[ProblemSummary] = []
+    search_all(job(folder), items(), ClusterSection(), done.append)
+    assert sorted(s.problem_id for s in done) == [p.id for p in PROBLEMS]
+    assert sum(s.tokens for s in done) == sum(tree.tokens for tree in read_trees(folder))
+    return folder
+
+
+def test_inline_search_runs_code_and_solves_some(inline: Path) -> None:
+    trees = list(read_trees(inline))
+    assert len(trees) == len(PROBLEMS) and all(tree.complete for tree in trees)
+    assert 0 < sum(tree.solved for tree in trees)
+    assert any(node.stdout for tree in trees for node in tree.nodes), "no code was run"
+    assert all(tree.worker for tree in trees)
+
+
+def test_finished_problems_are_not_searched_again(inline: Path) -> None:
+    assert unfinished(PROBLEMS, job(inline), 0) == []
+    more = [*PROBLEMS, Problem(id="new", question="1 + 1", answer="2")]
+    assert [item.problem.id for item in unfinished(more, job(inline), 0)] == ["new"]
+    assert len(unfinished(PROBLEMS, job(inline, seeds=[0, 1]), 0)) == len(PROBLEMS)
+
+
+def test_interrupted_tree_is_continued_from_its_checkpoint(inline: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    async def cut_short() -> None:
+        worker = SearchWorker(job(tmp_path, checkpoint_rollouts=1), "w0")
+        await worker.start()
+        append = worker._writers[0].append
+
+        def once(tree: object) -> None:
+            append(tree)  # type: ignore[arg-type]
+            raise Stop
+
+        worker._writers[0].append = once  # type: ignore[method-assign,assignment]
+        with pytest.raises(ExceptionGroup):
+            await collect(items(PROBLEMS[:1]), worker.search_problem, in_flight=1, on_done=lambda s: None)
+        await worker.close()
+
+    asyncio.run(cut_short())
+    (ref,) = index(tmp_path).values()
+    assert not ref.complete
+    search_all(job(tmp_path), items(PROBLEMS[:1]), ClusterSection(), lambda s: None)
+    (whole,), expected = contents(tmp_path), contents(inline)[0]
+    for rows in (whole, expected):
+        rows[0].pop("settings")
+    assert whole == expected
+
+
+def test_escalation_goes_on_with_unsolved_problems_only(tmp_path: Path) -> None:
+    wrong = [Problem(id=p.id, question=p.question, answer="-1") for p in PROBLEMS[:2]]
+    done: list[ProblemSummary] = []
+    search_all(job(tmp_path, escalate=[4]), items([*wrong, *PROBLEMS[2:4]]), ClusterSection(), done.append)
+    for tree in read_trees(tmp_path):
+        if not tree.solved:
+            assert tree.rollouts_done == 7 or tree.root.exhausted
+        else:
+            assert tree.rollouts_done <= 7
+    assert all(tree.rollouts_done > 3 or tree.root.exhausted for tree in read_trees(tmp_path) if tree.problem.answer == "-1")
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> object:
+    ray = pytest.importorskip("ray")
+    for key, value in PASSIVE_WAIT.items():
+        os.environ.setdefault(key, value)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_ray_workers_grow_the_same_trees_as_inline(inline: Path, tmp_path: Path, ray_address: object) -> None:
+    done: list[ProblemSummary] = []
+    search_all(job(tmp_path), items(), ClusterSection(address="local", workers=2), done.append)
+    assert contents(tmp_path) == contents(inline)
+    assert len({s.worker for s in done}) == 2 and len(list(tmp_path.glob("trees-*"))) == 2
+
+
+def test_killed_ray_worker_loses_only_its_problems_in_flight(tmp_path: Path, ray_address: object) -> None:
+    slow = job(tmp_path)
+    slow = SearchJob(slow.passes, EngineSection(kind="simulated", tokens_per_second=400.0), slow.sandbox, slow.model, "")
+    done: list[ProblemSummary] = []
+
+    def kill_one() -> None:
+        while len(done) < 3:
+            time.sleep(0.05)
+        os.kill(int(done[0].worker.split(":")[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    search_all(slow, items(), ClusterSection(address="local", workers=1), done.append)
+    killer.join()
+    assert sorted(s.problem_id for s in done) == [p.id for p in PROBLEMS]
+    assert [tree.problem.id for tree in read_trees(tmp_path)] == [p.id for p in PROBLEMS]
+    assert len({s.worker for s in done}) == 2, "the worker was not started again"
+
+
+def test_cluster_that_is_not_there_is_a_user_error() -> None:
+    code = (
+        "from rstar.cluster import _connect; from rstar.config import ClusterSection; from rstar.types import UserError\n"
+        "try: _connect(ClusterSection(address='127.0.0.1:1'))\nexcept UserError as e: print('USER', e)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert "USER no Ray cluster" in out.stdout
