@@ -1,0 +1,153 @@
+"""Self-checks: small attacks on the running sandbox. They run at every start, and nothing else runs if one succeeds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from rstar.sandbox import levels
+from rstar.types import Execution, ExecutionStatus, UserError
+
+if TYPE_CHECKING:
+    from rstar.config import SandboxSection
+    from rstar.sandbox.supervisor import Sandbox
+
+CANARY_VARIABLE = "RSTAR_SANDBOX_CANARY"
+
+
+class Check(NamedTuple):
+    """One line of `rstar doctor`."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Attack:
+    name: str
+    code: str
+    held: Callable[[Execution], bool]
+    cpu_seconds: float = 2.0
+
+
+def _status(*expected: ExecutionStatus) -> Callable[[Execution], bool]:
+    return lambda execution: execution.status in expected
+
+
+def _prints(text: str) -> Callable[[Execution], bool]:
+    return lambda execution: execution.status is ExecutionStatus.OK and execution.stdout == text
+
+
+_DENIED = _status(ExecutionStatus.DENIED)
+
+
+def _attacks(secret_file: str, folder: str) -> list[_Attack]:
+    target = os.path.join(folder, "written")
+    return [
+        _Attack("network", "import socket\nsocket.socket()", _DENIED),
+        _Attack("read a file", f"print(open({secret_file!r}).read())", _DENIED),
+        _Attack("list a folder", f"import os\nprint(os.listdir({folder!r}))", _DENIED),
+        _Attack("write a file", f"import os\nos.open({target!r}, os.O_WRONLY | os.O_CREAT)", _DENIED),
+        _Attack("remove a file", f"import os\nos.unlink({secret_file!r})", _DENIED),
+        _Attack("start a process", "import os\nif os.fork() == 0: os._exit(0)", _DENIED),
+        _Attack("execute a program", "import os\nos.execv('/bin/true', ['true'])", _DENIED),
+        _Attack(
+            "start a thread",
+            "import threading\nthreading.Thread(target=print).start()",
+            _status(ExecutionStatus.ERROR, ExecutionStatus.DENIED),
+        ),
+        _Attack("signal the zygote", "import os\nos.kill(os.getppid(), 0)", _DENIED),
+        _Attack(
+            "trace the zygote",
+            "import ctypes, os\nlibc = ctypes.CDLL(None)\nprint(libc.ptrace(16, os.getppid(), 0, 0))",
+            _prints("-1\n"),
+        ),
+        _Attack(
+            "see the environment",
+            f"import os\nprint({CANARY_VARIABLE!r} in os.environ)\nprint(open('/proc/self/environ').read())",
+            lambda execution: execution.status is ExecutionStatus.DENIED and execution.stdout == "False\n",
+        ),
+        _Attack("be root", "import os\nprint(0 in os.getresuid())", _prints("False\n")),
+        _Attack("take memory", "x = bytearray(1 << 40)", _status(ExecutionStatus.MEMORY)),
+        _Attack("run for ever", "while True: pass", _status(ExecutionStatus.TIMEOUT), cpu_seconds=0.2),
+        _Attack("print without end", "while True: print('x' * 4096)", _status(ExecutionStatus.OUTPUT_LIMIT)),
+        _Attack("leave early", "import os\nos._exit(0)", _status(ExecutionStatus.KILLED)),
+        _Attack("poison the next step", "import builtins\nbuiltins.print = None", _status(ExecutionStatus.OK)),
+    ]  # fmt: skip
+
+
+async def attack(sandbox: Sandbox) -> list[Check]:
+    """Run every attack on a started sandbox, then an innocent step."""
+    folder = tempfile.mkdtemp(prefix="rstar-check-")
+    secret_file = os.path.join(folder, "secret")
+    os.environ[CANARY_VARIABLE] = secrets.token_hex(8)
+    try:
+        os.chmod(folder, 0o777)  # the ordinary permissions allow everything here: only the locks can deny it
+        with open(secret_file, "w") as file:
+            file.write(secrets.token_hex(8))
+        os.chmod(secret_file, 0o666)
+        attacks = _attacks(secret_file, folder)
+        ran = await asyncio.gather(*(sandbox.run_limited(one.code, one.cpu_seconds) for one in attacks))
+        checks = [Check(one.name, one.held(seen), _detail(seen)) for one, seen in zip(attacks, ran, strict=True)]
+        if os.listdir(folder) != ["secret"]:
+            checks.append(Check("leave a file", False, f"found {os.listdir(folder)}"))
+        innocent = await sandbox.run_limited("print(6 * 7)", 2.0)
+        checks.append(Check("an innocent step", _prints("42\n")(innocent), _detail(innocent)))
+        return checks
+    finally:
+        del os.environ[CANARY_VARIABLE]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _detail(execution: Execution) -> str:
+    return f"{execution.status.value}{': ' + execution.error if execution.error else ''}"[:200]
+
+
+async def require_locks(sandbox: Sandbox) -> None:
+    """Raise UserError unless every lock of the sandbox's level holds. Level unsafe has none to check."""
+    if sandbox.level == "unsafe":
+        return
+    failed = [check for check in await attack(sandbox) if not check.ok]
+    if failed:
+        what = "; ".join(f"{check.name} gave {check.detail}" for check in failed)
+        raise UserError(
+            f"the sandbox does not hold on this host: {what}",
+            need="every self-check to be denied",
+            how="see `rstar doctor`; nothing was run",
+        )
+
+
+def checks(section: SandboxSection | None = None) -> list[Check]:
+    """What `rstar doctor` prints: the host, the level, then each self-check. Starts and ends a sandbox of one zygote."""
+    from rstar.config import SandboxSection
+    from rstar.sandbox.supervisor import Sandbox
+
+    host = levels.probe()
+    found = [
+        Check("Landlock", host.landlock_abi > 0, f"ABI {host.landlock_abi}" if host.landlock_abi else host.problem),
+        Check("seccomp", host.seccomp, "filters named by libseccomp" if host.seccomp else host.problem),
+        Check("namespaces", True, host.namespaces[0] if host.namespaces else "bubblewrap not usable here (level A at best)"),
+    ]
+    try:
+        sandbox = Sandbox(replace(section or SandboxSection(), processes=1))
+    except UserError as error:
+        return [*found, Check("level", False, str(error))]
+    found.append(Check("level", sandbox.level != "unsafe", f"{sandbox.level}: {levels.PROMISES[sandbox.level]}"))
+
+    async def attacks() -> list[Check]:
+        try:
+            await sandbox.start(check=False)
+            return await attack(sandbox)
+        except (UserError, RuntimeError) as error:
+            return [Check("start", False, str(error))]
+        finally:
+            await sandbox.close()
+
+    return found + asyncio.run(attacks())

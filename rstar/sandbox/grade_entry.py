@@ -1,0 +1,41 @@
+"""The sandbox entry "grade": are two closed forms equal? math-verify, run behind the wall with the wall's limits.
+
+Only pairs that rstar.grading cannot decide exactly come here. math-verify's own timers are off: they need the main
+thread's alarm, and the sandbox bounds CPU time, wall time and memory anyway. Rounding is far finer than its defaults
+(6 digits would take 0.333333 for 1/3).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, MatrixBase
+
+DIGITS = 12
+_CONFIG = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+
+
+def grade(payload: str) -> str:
+    """"1" if the answer in the JSON list [answer, reference] equals the reference, else "0"."""
+    answer, reference = json.loads(payload)
+    given, wanted = _expression(answer), _expression(reference)
+    if given is None or wanted is None:
+        return "0"
+    same = verify(wanted, given, float_rounding=DIGITS, numeric_precision=DIGITS + 8, strict=True, timeout_seconds=None)
+    return "1" if same else "0"
+
+
+def _expression(text: str) -> Basic | MatrixBase | None:
+    if text.count("{") != text.count("}"):
+        return None
+    found = parse(
+        f"$\\boxed{{{text}}}$", extraction_config=_CONFIG, fallback_mode="no_fallback", parsing_timeout=None
+    )
+    return next((item for item in found if isinstance(item, Basic | MatrixBase)), None)
+
+
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+grade('["\\\\frac{\\\\sin 30}{2}", "\\\\log_2 8"]')  # builds the parser's tables before the zygote locks itself in

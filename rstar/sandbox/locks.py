@@ -1,0 +1,241 @@
+"""The kernel locks of a zygote and of the forks that run steps: uid, rlimits, Landlock, seccomp.
+
+All of them are inherited by fork and none can be undone. Every system call is named and resolved by libseccomp, so the
+same lists hold on x86-64 and aarch64; what libseccomp does not know stays denied, because the filter is an allow-list.
+The zygote takes the uid, the rlimits, Landlock and the first filter once; each fork adds a second, small filter which
+takes away what only the zygote may do (fork, signal, change limits).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+import socket
+import struct
+import sys
+import sysconfig
+import termios
+from collections.abc import Iterable, Sequence
+
+# prctl options: linux/prctl.h, the same on every architecture.
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+SECCOMP_MODE_FILTER = 2
+
+# Landlock rights: linux/landlock.h. A ruleset handles every right its ABI knows, so all of them are denied by default.
+FS_READ_FILE, FS_READ_DIR = 1 << 2, 1 << 3
+FS_RIGHTS_BY_ABI = ((1, 13), (2, 14), (3, 15), (5, 16))  # (first ABI, number of file-system rights it handles)
+NET_BIND_TCP_CONNECT_TCP = 0b11  # ABI 4
+SCOPE_ABSTRACT_UNIX_SIGNAL = 0b11  # ABI 6
+RULE_PATH_BENEATH = 1
+CREATE_RULESET_VERSION = 1
+
+# An otherwise unused uid: "nobody" may own other processes of the host. The second is for small uid maps.
+SANDBOX_UIDS = (61437, 65534)
+OPEN_FILES = 64
+
+# What a step may call. No socket, no fork, no exec, no signal to anyone, no change of files, owners, modes or times
+# (Landlock does not cover the last three), no memfd (it escapes RLIMIT_AS), no io_uring (it escapes seccomp).
+STEP_CALLS = """
+read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range dup dup2 dup3 open openat stat fstat
+lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents64 umask mmap munmap
+mremap mprotect madvise brk rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait
+sigaltstack futex set_robust_list get_robust_list rseq set_tid_address membarrier sched_yield sched_getaffinity getpid
+gettid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getresuid getresgid getgroups getrandom
+clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time uname sysinfo getrusage times getrlimit exit
+exit_group pipe pipe2 poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 sendto recvfrom
+shutdown alarm setitimer getitimer pause wait4 waitid restart_syscall
+""".split()
+
+# fcntl commands a step may use. The others reach outside: F_SETOWN with F_SETSIG sends any signal to any process of
+# the same uid, F_SETPIPE_SZ takes kernel memory that no limit counts.
+STEP_FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL)
+STEP_IOCTL = (termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX)
+
+# What the zygote calls besides, and each fork gives up before it runs a step.
+ZYGOTE_CALLS = ("clone", "kill", "prctl", "seccomp", "prlimit64")
+CLONE_FORBIDDEN = 0x7E020000 | 0x00010000 | 0x00000100  # new namespaces, threads, shared memory: linux/sched.h
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def prctl(option: int, *arguments: int) -> None:
+    padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
+    _checked(libc.prctl(ctypes.c_int(option), *padded), f"prctl {option}")
+
+
+def _syscall(name: str, *arguments: ctypes.c_long | ctypes.c_char_p) -> int:
+    import pyseccomp
+
+    number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
+    if number < 0:
+        raise OSError(errno.ENOSYS, f"{name}: libseccomp is too old to know it")
+    return _checked(libc.syscall(ctypes.c_long(number), *arguments), name)
+
+
+def landlock_abi() -> int:
+    """The kernel's Landlock ABI version; 0 where there is none (or libseccomp cannot name its calls)."""
+    try:
+        return _syscall(
+            "landlock_create_ruleset", ctypes.c_char_p(None), ctypes.c_long(0), ctypes.c_long(CREATE_RULESET_VERSION)
+        )
+    except (OSError, ImportError, RuntimeError):
+        return 0
+
+
+def open_readable(paths: Iterable[str]) -> list[int]:
+    """O_PATH descriptors of those paths that exist; opened before the uid changes, which may close the way to them."""
+    found = []
+    for path in sorted(set(paths)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
+    return found
+
+
+def landlock(readable: Sequence[int], abi: int) -> None:
+    """Deny this process and its children every file, TCP port, signal and abstract socket, except reading `readable`.
+
+    Needs no_new_privs and a single thread (below ABI 8 the calling thread alone is restricted).
+    """
+    handled = (1 << next(count for first, count in reversed(FS_RIGHTS_BY_ABI) if abi >= first)) - 1
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    attributes = struct.pack("=QQQ", handled, NET_BIND_TCP_CONNECT_TCP, SCOPE_ABSTRACT_UNIX_SIGNAL)[:size]
+    ruleset = _syscall(
+        "landlock_create_ruleset", ctypes.c_char_p(attributes), ctypes.c_long(size), ctypes.c_long(0)
+    )
+    for descriptor in readable:
+        is_folder = os.fstat(descriptor).st_mode & 0o170000 == 0o040000
+        rights = FS_READ_FILE | FS_READ_DIR if is_folder else FS_READ_FILE
+        rule = ctypes.c_char_p(struct.pack("=Qi", rights, descriptor))
+        _syscall("landlock_add_rule", ctypes.c_long(ruleset), ctypes.c_long(RULE_PATH_BENEATH), rule, ctypes.c_long(0))
+    _syscall("landlock_restrict_self", ctypes.c_long(ruleset), ctypes.c_long(0))
+    os.close(ruleset)
+
+
+def library_roots(modules: Iterable[str]) -> list[str]:
+    """Folders of Python's own libraries: standard library, site-packages, and packages loaded from elsewhere."""
+    roots = {os.path.realpath(path) for key in ("stdlib", "platstdlib", "purelib", "platlib")
+             if (path := sysconfig.get_path(key))}
+    for name in modules:
+        source = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+        if source and os.path.basename(source).startswith("__init__."):
+            folder = os.path.dirname(os.path.realpath(source))
+            if not any(os.path.commonpath((folder, root)) == root for root in roots):
+                roots.add(folder)
+    return sorted(path for path in roots if os.path.isdir(path))
+
+
+def readable_paths(roots: Iterable[str]) -> list[str]:
+    """Everything a step may read: the library roots, folders of the shared libraries already loaded, time zones."""
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+    shared = {os.path.dirname(os.path.realpath(path)) for path in mapped if ".so" in os.path.basename(path)}
+    system = {"/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/dev/null", "/dev/zero", "/dev/urandom"}
+    return sorted({*roots, *shared, *system})
+
+
+def drop_root() -> int | None:
+    """Become an unprivileged user for good; capabilities go with the uid. None when this is not root already."""
+    if os.geteuid() != 0 and os.getuid() != 0:
+        return None
+    failure: OSError | None = None
+    for uid in SANDBOX_UIDS:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            return uid
+        except OSError as error:
+            failure = error
+    raise OSError(errno.EPERM, f"cannot leave root: {failure}")
+
+
+def limit_resources(memory_bytes: int) -> None:
+    """Hard limits that hold for every fork: `memory_bytes` on top of what the zygote has mapped, no file writing."""
+    with open("/proc/self/statm") as statm:
+        mapped = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    for kind, value in (
+        (resource.RLIMIT_AS, mapped + memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+    ):
+        resource.setrlimit(kind, (value, value))
+
+
+def _export(rules: object) -> bytes:
+    read_end, write_end = os.pipe()  # a program is a few KiB, so it fits into the pipe; a file might not be writable here
+    with open(read_end, "rb") as reader:
+        with open(write_end, "wb") as writer:
+            rules.export_bpf(writer)  # type: ignore[attr-defined]
+        return reader.read()
+
+
+def zygote_filter() -> bytes:
+    """BPF of the allow-list: STEP_CALLS plus what the zygote needs. Everything else fails with EPERM."""
+    import pyseccomp as s
+
+    rules = s.SyscallFilter(s.ERRNO(errno.EPERM))
+
+    def allow(name: str, *arguments: object) -> None:
+        if s.resolve_syscall(s.Arch.NATIVE, name) >= 0:  # an architecture without the call has nothing to allow
+            rules.add_rule(s.ALLOW, name, *arguments)
+
+    for name in STEP_CALLS:
+        allow(name)
+    for command in STEP_FCNTL:
+        allow("fcntl", s.Arg(1, s.EQ, command))
+    for request in STEP_IOCTL:
+        allow("ioctl", s.Arg(1, s.EQ, request))
+    allow("socketpair", s.Arg(0, s.EQ, socket.AF_UNIX))  # asyncio's self-pipe
+    allow("clone", s.Arg(0, s.MASKED_EQ, CLONE_FORBIDDEN, 0))
+    allow("prlimit64", s.Arg(0, s.EQ, 0))
+    for name in ("kill", "prctl", "seccomp"):
+        allow(name)
+    rules.add_rule(s.ERRNO(errno.ENOSYS), "clone3")  # its flags are in memory where no filter sees them: glibc falls back
+    return _export(rules)
+
+
+def step_filter() -> bytes:
+    """BPF of the filter a fork adds: what the zygote alone may do is denied. Strictest of both filters wins."""
+    import pyseccomp as s
+
+    rules = s.SyscallFilter(s.ALLOW)
+    denied = s.ERRNO(errno.EPERM)
+    for name in ZYGOTE_CALLS:
+        if name == "prlimit64":
+            rules.add_rule(denied, name, s.Arg(2, s.NE, 0))  # reading one's own limits stays
+        else:
+            rules.add_rule(denied, name)
+    return _export(rules)
+
+
+class Filter:
+    """A BPF program kept in memory at a fixed address, so that loading it is one system call."""
+
+    def __init__(self, program: bytes) -> None:
+        self._program = ctypes.create_string_buffer(program, len(program))
+        header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._program))  # struct sock_fprog
+        self._header = ctypes.create_string_buffer(header, len(header))
+        self._arguments = (
+            ctypes.c_int(PR_SET_SECCOMP),
+            ctypes.c_ulong(SECCOMP_MODE_FILTER),
+            ctypes.c_ulong(ctypes.addressof(self._header)),
+            ctypes.c_ulong(0),
+            ctypes.c_ulong(0),
+        )
+
+    def load(self) -> None:
+        _checked(libc.prctl(*self._arguments), "seccomp filter")

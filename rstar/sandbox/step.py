@@ -1,0 +1,143 @@
+"""What a fork does: run a program of steps in one namespace and say how its last step ended.
+
+This process is untrusted from the first line of step code on: it may forge its own report, and nothing else. The
+report goes through one pipe, the output of the last step through another; both are read and bounded by the zygote.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import builtins
+import errno
+import io
+import os
+import random
+import struct
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import NoReturn
+
+from rstar.sandbox.scratch import in_memory_open
+
+STDOUT, REPORT, OUTPUT = 1, 3, 4  # descriptors; 0 and 2 are the null device
+REPORT_HEAD = struct.Struct("=cd")  # kind, CPU seconds of this process so far
+PREFIX_DONE, OK, ERROR, DENIED, MEMORY, PREFIX_FAILED = b"M", b"O", b"E", b"D", b"X", b"P"
+MAX_ERROR = 2000  # characters
+FUTURE_FLAGS = 0
+for _name in __future__.all_feature_names:
+    FUTURE_FLAGS |= getattr(__future__, _name).compiler_flag
+
+
+def _say(kind: bytes, text: str = "") -> None:
+    message = REPORT_HEAD.pack(kind, time.process_time()) + text.encode("utf-8", "backslashreplace")
+    os.write(REPORT, message)
+
+
+def describe(error: BaseException) -> tuple[bytes, str]:
+    """Kind and one line of text for what a step raised. Formatting runs the step's own code, which may raise again."""
+    denied = isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS)
+    kind = MEMORY if isinstance(error, MemoryError) else DENIED if denied else ERROR
+    name = "exception"
+    try:
+        name = type(error).__name__
+        text = str(error)[:MAX_ERROR]
+    except BaseException:
+        return kind, f"{name}: <no text: raised again while it was formatted>"
+    line = " ".join(text.split("\n"))[:MAX_ERROR]
+    return kind, f"{name}: {line}" if line else name
+
+
+def _open_streams() -> io.TextIOWrapper:
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", errors="backslashreplace",
+        write_through=True,
+    )
+    stdout = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(STDOUT, "w", closefd=False)), encoding="utf-8", errors="backslashreplace"
+    )
+    sys.stdout = stdout
+    return stdout
+
+
+def _flush(stdout: io.TextIOWrapper) -> None:
+    if not stdout.closed:
+        stdout.flush()
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed(seed % 2**32)
+
+
+def _compile(codes: list[str], index: int, flags: int) -> types.CodeType:
+    code = codes[index].removeprefix("\ufeff")
+    if index and "__future__" in code:  # legal only where it would be legal in the whole program
+        compile("\n".join([*codes[:index], code]), "<step>", "exec", dont_inherit=True)
+    return compile(code, "<step>", "exec", flags=flags, dont_inherit=True)
+
+
+def run_program(codes: list[str], seed: int) -> NoReturn:
+    """Run `codes` one after another in a fresh `__main__`; only what the last one prints is kept.
+
+    A fresh run of the codes joined by newlines does the same: one namespace, `from __future__` carried on. Ends the
+    process without teardown, so that no `__del__`, atexit function or thread of the step can hold it up.
+    """
+    clock, leave = time.process_time, os._exit
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    namespace = main.__dict__
+    namespace["__builtins__"] = builtins
+    opened = in_memory_open(open)
+    builtins.open = io.open = opened
+    sys.argv = [""]
+    stdout = _open_streams()
+    _seed(seed)
+    flags, last = 0, len(codes) - 1
+    try:
+        for index in range(last):
+            code = _compile(codes, index, flags)
+            flags |= code.co_flags & FUTURE_FLAGS
+            exec(code, namespace)
+        _flush(stdout)
+    except BaseException as error:
+        _end(PREFIX_FAILED, f"the steps before failed when run again: {describe(error)[1]}", leave)
+    os.dup2(OUTPUT, STDOUT)
+    os.close(OUTPUT)
+    os.write(REPORT, REPORT_HEAD.pack(PREFIX_DONE, clock()))
+    try:
+        exec(_compile(codes, last, flags), namespace)
+        _flush(stdout)
+    except BaseException as error:
+        kind, text = describe(error)
+        try:
+            _flush(stdout)
+        except BaseException:
+            text = f"{text} (and its output could not be written)"
+        _end(kind, text, leave)
+    _end(OK, "", leave)
+
+
+def run_entry(entry: Callable[[str], str], payload: str) -> NoReturn:
+    """Run a trusted function on untrusted text; its result is the output."""
+    sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    os.write(REPORT, REPORT_HEAD.pack(PREFIX_DONE, time.process_time()))
+    try:
+        result = entry(payload).encode("utf-8", "backslashreplace")
+        while result:
+            result = result[os.write(OUTPUT, result) :]
+    except BaseException as error:
+        _end(*describe(error), os._exit)
+    _end(OK, "", os._exit)
+
+
+def _end(kind: bytes, text: str, leave: Callable[[int], NoReturn]) -> NoReturn:
+    try:
+        _say(kind, text)
+    finally:
+        leave(0)

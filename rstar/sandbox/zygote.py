@@ -1,0 +1,470 @@
+"""The zygote: a clean process that imports the mathematics, locks itself in, and forks once per evaluation.
+
+Started by the supervisor with a fixed environment and one socket; it holds no secret. It never runs step code: it
+forks, reads two bounded pipes per fork, enforces CPU and wall time, reaps, and reports. When the socket closes it
+leaves, and its forks die with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import importlib
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rstar.sandbox import locks, step
+from rstar.sandbox.frames import Ready, Reply, Request, Setup, pack, take
+
+PIPE_CHUNK = 1 << 16
+REPORT_BYTES = 4 * step.MAX_ERROR + 256
+CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
+BUSY_SHARE = 0.02  # a fork that got less CPU than this share of its wall time was idle, not starved
+WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
+FREE_FDS = (38, 39)  # below the library folders; the zygote itself never has this many descriptors
+FIRST_LIBRARY_FD = 40
+
+
+@dataclass
+class Job:
+    """What a new fork is to do; the only thing it takes over from the zygote's state."""
+
+    codes: list[str]
+    seed: int
+    entry: Callable[[str], str] | None
+    null: int
+    output: int
+    report: int
+    cpu_limit: float
+    zygote: int  # its pid
+
+
+@dataclass
+class Fork:
+    """A running evaluation, seen from the zygote."""
+
+    request: int
+    pid: int
+    clock: int  # its CPU-time clock
+    output: int  # read ends; -1 once at end of file
+    report: int
+    started: float
+    cpu_seconds: float
+    wall_seconds: float
+    output_bytes: int
+    prefix_allowance: float  # CPU seconds for running the steps before again
+    next_check: float = 0.0
+    wall_end: float = 0.0
+    sampled: tuple[float, float] = (0.0, 0.0)  # (time, CPU seconds) when it was last found busy
+    prefix_cpu: float | None = None
+    late: float = 0.0
+    printed: bytearray = field(default_factory=bytearray)
+    said: bytearray = field(default_factory=bytearray)
+    verdict: str = ""  # status decided here: timeout, output_limit, cancelled
+    reason: str = ""
+
+
+class Server:
+    """Forks on request until the supervisor goes away. `serve` returns a Job in each fork and never in the zygote."""
+
+    def __init__(
+        self, control: int, null: int, entries: dict[str, Callable[[str], str]], filter_: locks.Filter | None
+    ) -> None:
+        self._control, self._null, self._entries, self.filter = control, null, entries, filter_
+        self._incoming, self._outgoing = bytearray(), bytearray()
+        self._forks: dict[int, Fork] = {}  # by pid
+        self._pipes: dict[int, Fork] = {}  # by read end
+        self._pid = os.getpid()
+        self._wake, wake_write = os.pipe()
+        for end in (control, self._wake, wake_write):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+
+    def serve(self) -> Job:
+        while True:
+            for descriptor, _ in self._poll.poll(self._patience()):
+                if descriptor == self._control:
+                    self._send()
+                    job = self._receive()
+                    if job is not None:
+                        return job
+                elif descriptor == self._wake:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake, 4096)
+                    self._reap()
+                elif descriptor in self._pipes:
+                    self._read(descriptor, self._pipes[descriptor])
+            self._enforce()
+
+    def _patience(self) -> float | None:
+        if not self._forks:
+            return None
+        earliest = min(fork.next_check for fork in self._forks.values())
+        return math.ceil(max(0.0, earliest - time.monotonic()) * 1000)
+
+    # Requests
+
+    def _receive(self) -> Job | None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._control, 1 << 20)
+            if not data:
+                os._exit(0)  # the supervisor is gone; PR_SET_PDEATHSIG takes the forks along
+            self._incoming += data
+        while (message := take(self._incoming, Request)) is not None:
+            request = message[0]
+            if request.kind in ("run", "call"):
+                job = self._fork(request)
+                if job is not None:
+                    return job
+            elif request.kind == "cancel":
+                for fork in self._forks.values():
+                    if fork.request == request.id and not fork.verdict:
+                        self._kill(fork, "cancelled", "")
+            elif request.kind == "forks":
+                self._answer(Reply(request.id, seconds=self._bare_forks(request.seed)))
+            else:
+                self._answer(Reply(request.id))
+        return None
+
+    def _answer(self, reply: Reply, body: bytes = b"") -> None:
+        self._outgoing += pack(reply, body)
+        self._send()
+
+    def _send(self) -> None:
+        try:
+            while self._outgoing:
+                del self._outgoing[: os.write(self._control, self._outgoing)]
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)
+        self._poll.modify(self._control, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+
+    # Forks
+
+    def _fork(self, request: Request) -> Job | None:
+        entry, codes = None, request.codes
+        if request.kind == "call":
+            entry = self._entries.get(codes[0])
+            if entry is None:
+                self._answer(Reply(request.id, "error", f"no entry {codes[0]!r} in this zygote"))
+                return None
+            codes = codes[1:]
+        output_read, output_write = os.pipe()
+        report_read, report_write = os.pipe()
+        allowance = request.cpu_seconds * (len(codes) - 1)
+        pid = os.fork()
+        if pid == 0:
+            limit = allowance + request.cpu_seconds
+            return Job(codes, request.seed, entry, self._null, output_write, report_write, limit, self._pid)
+        os.close(output_write)
+        os.close(report_write)
+        now = time.monotonic()
+        fork = Fork(
+            request.id, pid, _cpu_clock(pid), output_read, report_read, now,
+            request.cpu_seconds, request.wall_seconds, request.output_bytes, allowance,
+            next_check=now + min(request.cpu_seconds, request.wall_seconds), wall_end=now + request.wall_seconds,
+            sampled=(now, 0.0),
+        )  # fmt: skip
+        self._forks[pid] = fork
+        for end in (output_read, report_read):
+            os.set_blocking(end, False)
+            self._pipes[end] = fork
+            self._poll.register(end, select.POLLIN)
+        return None
+
+    def _bare_forks(self, count: int) -> float:
+        """Seconds for `count` locked forks that leave at once: the floor under every evaluation."""
+        started = time.perf_counter()
+        for _ in range(count):
+            pid = os.fork()
+            if pid == 0:
+                enter(Job([], 0, None, self._null, self._null, self._null, 1.0, self._pid), self.filter)
+                os._exit(0)
+            os.waitpid(pid, 0)
+        return time.perf_counter() - started
+
+    def _read(self, descriptor: int, fork: Fork) -> bool:
+        """Take what a pipe holds; False when it is empty or at its end."""
+        try:
+            data = os.read(descriptor, PIPE_CHUNK)
+        except BlockingIOError:
+            return False
+        if descriptor == fork.report:
+            fork.said += data[: REPORT_BYTES - len(fork.said)]
+            if fork.prefix_cpu is None and len(fork.said) >= step.REPORT_HEAD.size:
+                kind, cpu = step.REPORT_HEAD.unpack_from(fork.said)
+                if kind == step.PREFIX_DONE:
+                    fork.prefix_cpu = cpu if 0 <= cpu <= fork.prefix_allowance + 1.0 else 0.0
+                    del fork.said[: step.REPORT_HEAD.size]
+        else:
+            fork.printed += data[: fork.output_bytes - len(fork.printed) + 1]
+            if len(fork.printed) > fork.output_bytes and not fork.verdict:
+                self._kill(fork, "output_limit", f"printed more than {fork.output_bytes} bytes")
+        if not data:
+            self._forget(descriptor, fork)
+        return bool(data)
+
+    def _forget(self, descriptor: int, fork: Fork) -> None:
+        self._poll.unregister(descriptor)
+        del self._pipes[descriptor]
+        os.close(descriptor)
+        if descriptor == fork.report:
+            fork.report = -1
+        else:
+            fork.output = -1
+
+    # Limits
+
+    def _kill(self, fork: Fork, verdict: str, reason: str) -> None:
+        fork.verdict, fork.reason = verdict, reason
+        os.kill(fork.pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
+        if self.filter is None:
+            with contextlib.suppress(OSError):
+                os.killpg(fork.pid, signal.SIGKILL)
+
+    def _enforce(self) -> None:
+        now = time.monotonic()
+        for fork in self._forks.values():
+            if fork.next_check > now or fork.verdict:
+                if fork.verdict:
+                    fork.next_check = now + 1.0
+                continue
+            used = _cpu_time(fork.clock)
+            before = fork.prefix_cpu
+            limit = fork.cpu_seconds + (fork.prefix_allowance if before is None else before)
+            if used >= limit:
+                fork.late = used - limit
+                self._kill(fork, "timeout", f"used {fork.cpu_seconds:g} s of CPU time")
+                continue
+            if now >= fork.wall_end:
+                since, cpu_then = fork.sampled
+                busy = used - cpu_then >= BUSY_SHARE * (now - since)
+                if not busy or now - fork.started >= WALL_STRETCH * fork.wall_seconds:
+                    self._kill(fork, "timeout", f"ran for {now - fork.started:.1f} s of wall time")
+                    continue
+                fork.sampled, fork.wall_end = (now, used), now + fork.wall_seconds / 2
+            fork.next_check = min(fork.wall_end, now + max(CHECK_AGAIN, limit - used))
+
+    # Ends
+
+    def _reap(self) -> None:
+        while self._forks:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            fork = self._forks.pop(pid)
+            for end in (fork.output, fork.report):
+                while end >= 0 and self._read(end, fork):
+                    pass
+            for end in (fork.output, fork.report):  # still open only where a step without locks left a child behind
+                if end >= 0:
+                    self._forget(end, fork)
+            self._answer(_reply(fork, status, usage.ru_utime + usage.ru_stime), bytes(fork.printed[: fork.output_bytes]))
+
+
+def _reply(fork: Fork, status: int, cpu: float) -> Reply:
+    prefix = fork.prefix_cpu or 0.0
+    kind, claimed, text = b"", cpu, ""
+    if len(fork.said) >= step.REPORT_HEAD.size:
+        kind, claimed = step.REPORT_HEAD.unpack_from(fork.said)
+        text = fork.said[step.REPORT_HEAD.size :].decode("utf-8", "replace")
+    known = {
+        step.OK: "ok", step.ERROR: "error", step.DENIED: "denied", step.MEMORY: "memory", step.PREFIX_FAILED: "error"
+    }  # fmt: skip
+    code = os.waitstatus_to_exitcode(status)
+    if fork.verdict:
+        verdict, text, claimed = fork.verdict, fork.reason, cpu
+    elif code < 0:
+        name = signal.Signals(-code).name
+        verdict, text, claimed = "killed", f"killed by {name}", cpu
+        if -code == signal.SIGKILL:  # no step can send it and the zygote did not: the kernel was out of memory
+            verdict, text = "memory", "killed by the kernel, out of memory"
+        elif -code == signal.SIGXCPU:
+            verdict, text = "timeout", f"used {fork.cpu_seconds:g} s of CPU time"
+    elif code != 0 or kind not in known:
+        verdict, text = "killed", f"left early, exit code {code}"
+    else:
+        verdict = known[kind]
+    spent = claimed if math.isfinite(claimed) and prefix <= claimed <= cpu + 0.1 else cpu
+    return Reply(
+        fork.request,
+        verdict,
+        " ".join(text.split("\n")) if verdict != "ok" else "",
+        cpu_ms=max(0.0, spent - prefix) * 1e3,
+        prefix_cpu_ms=prefix * 1e3,
+        late_ms=fork.late * 1e3,
+    )
+
+
+def _cpu_clock(pid: int) -> int:
+    """The clock of another process's CPU time (clock_getcpuclockid); -1 where the system has none for it."""
+    clock = ctypes.c_int()
+    return clock.value if locks.libc.clock_getcpuclockid(ctypes.c_int(pid), ctypes.byref(clock)) == 0 else -1
+
+
+def _cpu_time(clock: int) -> float:
+    try:
+        return time.clock_gettime(clock)
+    except OSError:  # already a zombie: about to be reaped
+        return 0.0
+
+
+def enter(job: Job, filter_: locks.Filter | None) -> None:
+    """In a new fork: die with the zygote, keep only its own pipes (as descriptors 3 and 4), take the last lock."""
+    locks.prctl(locks.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job.zygote:
+        os._exit(70)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(job.output, FREE_FDS[0])
+    os.dup2(job.report, FREE_FDS[1])
+    for target in (0, step.STDOUT, 2):
+        os.dup2(job.null, target)
+    os.dup2(FREE_FDS[0], step.OUTPUT)
+    os.dup2(FREE_FDS[1], step.REPORT)
+    os.closerange(step.OUTPUT + 1, FIRST_LIBRARY_FD)
+    seconds = math.ceil(job.cpu_limit) + 1  # the kernel's own limit, behind the zygote's finer one
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    if filter_ is not None:
+        filter_.load()
+    else:
+        os.setpgid(0, 0)
+
+
+def pin_libraries(roots: list[str], descriptors: list[int]) -> int:
+    """Make libraries importable that lie under a folder the new uid may not enter (a home of root, mode 700).
+
+    Their packages are looked up below an O_PATH descriptor opened while this was still root. Landlock grants those
+    folders for reading anyway, so the descriptors open no other way. Returns how many folders needed it.
+    """
+    moved = {}
+    for root, descriptor in zip(roots, descriptors, strict=True):
+        if not os.access(root, os.R_OK | os.X_OK):
+            moved[root] = f"/proc/self/fd/{descriptor}"
+
+    def new_place(path: str) -> str:
+        real = os.path.realpath(path) if not os.path.isabs(path) else path
+        for root, place in sorted(moved.items(), reverse=True):
+            if real == root or real.startswith(root + "/"):
+                return place + real[len(root) :]
+        return path
+
+    if moved:
+        sys.path[:] = [new_place(path) for path in sys.path]
+        for module in list(sys.modules.values()):
+            folders = getattr(module, "__path__", None)
+            if isinstance(folders, list):
+                module.__path__ = [new_place(folder) for folder in folders]
+        sys.path_importer_cache.clear()
+    return len(moved)
+
+
+def prepare(control: int) -> Server:
+    """Import, lock, say Ready. Every failure is reported and ends the process: it never serves half locked."""
+    buffer = bytearray()
+    while (message := take(buffer, Setup)) is None:
+        buffer += os.read(control, 1 << 20)
+    setup = message[0]
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an ignored SIGCHLD survives exec and would break wait4
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        started = time.perf_counter()
+        sys.path[:] = [*dict.fromkeys(setup.search_path)]
+        for name in setup.modules:
+            importlib.import_module(name)
+        exec(setup.warm_up, {})
+        entries = {}
+        for name, target in setup.entries.items():
+            module, _, function = target.partition(":")
+            entries[name] = getattr(importlib.import_module(module), function)
+        imported = time.perf_counter()
+        if len(os.listdir("/proc/self/task")) != 1:
+            raise RuntimeError("a library started a thread; the locks hold for a single-threaded process only")
+        null = os.open("/dev/null", os.O_RDWR)
+        filter_, unreachable = lock(setup)
+        server = Server(control, null, entries, filter_)
+        gc.collect()
+        gc.freeze()
+        ready = Ready(
+            landlock_abi=setup.landlock_abi,
+            seccomp=setup.seccomp,
+            uid=os.getuid(),
+            pid=os.getpid(),
+            import_ms=(imported - started) * 1e3,
+            lock_ms=(time.perf_counter() - imported) * 1e3,
+            resident_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            unreachable=unreachable,
+        )
+    except BaseException as error:
+        os.set_blocking(control, True)
+        os.write(control, pack(Ready(fatal=f"{type(error).__name__}: {error}")))
+        raise
+    os.write(control, pack(ready))
+    return server
+
+
+def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
+    """Take the locks that hold for the zygote and every fork; returns the filter that forks add."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # when memory runs out the kernel ends steps before engines and drivers
+    roots = locks.library_roots(setup.modules)
+    inside = tuple(roots)
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path).startswith(inside)]
+    descriptors = locks.open_readable(locks.readable_paths(roots))
+    pinned = []
+    for number, root in enumerate(roots):
+        opened = os.open(root, os.O_PATH)
+        pinned.append(fcntl.fcntl(opened, fcntl.F_DUPFD, FIRST_LIBRARY_FD + number))
+        os.close(opened)
+    step_filter = locks.Filter(locks.step_filter()) if setup.seccomp else None
+    zygote_filter = locks.Filter(locks.zygote_filter()) if setup.seccomp else None
+    locks.drop_root()
+    unreachable = pin_libraries(roots, pinned)
+    if not unreachable:
+        os.closerange(FIRST_LIBRARY_FD, locks.OPEN_FILES)
+    locks.limit_resources(setup.memory_bytes)
+    locks.prctl(locks.PR_SET_NO_NEW_PRIVS, 1)
+    locks.prctl(locks.PR_SET_DUMPABLE, 0)
+    os.umask(0o077)
+    if setup.landlock_abi:
+        locks.landlock(descriptors, setup.landlock_abi)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if zygote_filter is not None:
+        zygote_filter.load()
+    return step_filter, unreachable
+
+
+def evaluate(control: int) -> tuple[Job, locks.Filter | None]:
+    """Serve; comes back in forks only, with the zygote's own state already let go."""
+    server = prepare(control)
+    return server.serve(), server.filter
+
+
+def main() -> None:
+    job, filter_ = evaluate(int(sys.argv[1]))
+    enter(job, filter_)
+    if job.entry is not None:
+        step.run_entry(job.entry, job.codes[0])
+    step.run_program(job.codes, job.seed)
+
+
+if __name__ == "__main__":
+    main()
