@@ -53,6 +53,7 @@ class ModelSection:
     base: str = "???"  # a folder or a hub id; "smollm2" is the registry package's SmolLM2-135M-Instruct
     template: str = "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
     system: str = ""  # system message for the chat template
+    step_tokens: bool = False  # add the step delimiters to the vocabulary (the base of all rounds is then a copy)
     few_shot: str = ""  # a YAML file of worked examples put before the question (bootstrap policies)
 
 
@@ -175,6 +176,7 @@ class TrainSection:
     dtype: str = "auto"  # autocast dtype; weights stay float32
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: full fine-tuning
+    frozen_layers: int = 0  # the embeddings and so many of the lowest layers stay as they are (faster on a CPU)
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
     processes: int = 1  # torchrun processes on this node
     save_steps: int = 0  # checkpoints for resuming; 0: only at the end

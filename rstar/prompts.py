@@ -18,6 +18,10 @@ DELIMITERS = (
     "<code>", END_OF_STEP, END_OF_CODE, "<output>", "<end_of_output>", "<answer>", END_OF_ANSWER,
 )  # fmt: skip
 OPENING = "<code>\n"
+STEP_TOKENS = (
+    OPENING, END_OF_STEP + "\n", END_OF_CODE + "\n", "<output>", "<end_of_output>\n<answer>", END_OF_ANSWER,
+)  # fmt: skip
+"""What the delimiters look like in rendered text; each becomes one token where model.step_tokens is on."""
 SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
 
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}

@@ -144,7 +144,14 @@ def base_model(config: Config) -> str:
 
 def base_checkpoint(config: Config, run: RunDir) -> str:
     """What every round's policy is trained from: the warm-up where there is one, else the base model itself."""
-    return str(run.round(0).policy) if config.warmup.enabled else base_model(config)
+    if config.warmup.enabled:
+        return str(run.round(0).policy)
+    return str(_start(run)) if config.model.step_tokens else base_model(config)
+
+
+def _start(run: RunDir) -> Path:
+    """The base model with the step delimiters in its vocabulary, where model.step_tokens asks for that."""
+    return run.round(0).path / "start"
 
 
 # -- round 0 ---------------------------------------------------------------------------------------------------------
@@ -155,13 +162,18 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
     settings = {"model": to_dict(config.model), "warmup": to_dict(config.warmup), "problems": to_dict(config.problems)}
 
     def work() -> StageResult:
+        base, outputs = base_model(config), []
+        if config.model.step_tokens:
+            from rstar.training.vocabulary import with_step_tokens
+
+            base = str(with_step_tokens(base, _start(run)))
+            outputs.append(_start(run))
         if not config.warmup.enabled:
-            return StageResult((), {"base": base_model(config)})
+            return StageResult(tuple(outputs), {"base": base})
         from rstar.tokens import question_wrapper
         from rstar.training.sft import train_policy
         from rstar.warmup import warmup_rows
 
-        base = base_model(config)
         rows = warmup_rows(config.warmup, load_problems(config.problems), question_wrapper(base, config.model))
         section = replace(
             config.sft,
@@ -171,7 +183,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         )
         with TrainingProgress("warm-up") as progress:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((here.policy,), {"base": base, **asdict(result)})
+        return StageResult((*outputs, here.policy), {"base": base, **asdict(result)})
 
     return Stage(here, "base", settings, dict, work)
 

@@ -79,6 +79,8 @@ def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Mo
     model.config.use_cache = False
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if section.frozen_layers:
+        _freeze(model, section.frozen_layers)
     if not section.lora_rank:
         return cast(nn.Module, model)
     if importlib.util.find_spec("peft") is None:
@@ -89,6 +91,15 @@ def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Mo
         r=section.lora_rank, lora_alpha=2 * section.lora_rank, target_modules="all-linear", task_type=task
     )
     return cast(nn.Module, get_peft_model(model, config))
+
+
+def _freeze(model: PreTrainedModel, count: int) -> None:
+    """Keep the embeddings (and a head tied to them) and the `count` lowest layers as they are."""
+    layers = model.base_model.layers
+    if count > len(layers):
+        raise UserError(f"frozen_layers={count}", need=f"at most the model's {len(layers)} layers")
+    for module in (model.get_input_embeddings(), *layers[:count]):
+        module.requires_grad_(False)
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -178,6 +189,13 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $RSTAR_CACHE, else the user's cache folder."""
+    if "RSTAR_CACHE" in os.environ:
+        return Path(os.environ["RSTAR_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rstar"
 
 
 def smollm2_checkpoint(cache_dir: Path) -> Path:
