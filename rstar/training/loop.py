@@ -145,6 +145,8 @@ def _arguments(loss_module: LossModule, section: TrainSection, checkpoints: Path
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         bf16=autocast_dtype(section) is torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),  # without it, processes on CPU would not find each other
+        ddp_backend="gloo" if processes > 1 and not torch.cuda.is_available() else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps" if section.save_steps else "no",
