@@ -5,7 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +34,8 @@ from transformers import (  # noqa: E402
     LlamaConfig,
 )
 
+from rstar.engines import vllm_loop  # noqa: E402
+from rstar.engines.openai import OpenAIPolicy  # noqa: E402
 from rstar.engines.vllm import VllmPolicy, VllmScorer  # noqa: E402
 from rstar.tokens import SegmentEncoder, load_tokenizer  # noqa: E402
 
@@ -282,3 +293,101 @@ async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(checkp
     torch.set_num_threads(threads + 1)  # vLLM's CPU worker turns this into a no-op for the whole process
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
+
+
+async def test_a_policy_checkpoint_is_no_scorer(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="ForCausalLM"):
+        VllmScorer(checkpoints["policy"], SECTION)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests run this engine already")
+async def test_the_engine_of_gpus_behaves_the_same(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(args: dict[str, Any], section: EngineSection) -> vllm_loop.Engine:
+        extension = {"worker_extension_cls": "rstar.engines.vllm_loop.WorkerExtension"}
+        return vllm_loop.AsyncEngine(args | extension | vllm_loop.cpu_arguments(section))
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setattr(vllm_loop, "start", start)
+    engine = VllmPolicy(checkpoints["policy"], SECTION, lora_rank=4)
+    try:
+        first = await assert_equals_transformers(engine, checkpoints["policy"])
+        await engine.load_adapter("answer", checkpoints["adapter_policy"])
+        assert (await greedy(engine, adapter="answer")).logprob != pytest.approx(first.logprob, abs=1e-2)
+        task = asyncio.create_task(engine.generate(PROMPT, SamplingParams(n=4, max_tokens=400)))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert engine._engine.unfinished() == 0
+        await engine.load_weights(checkpoints["other"])
+        await assert_equals_transformers(engine, checkpoints["other"])
+        with pytest.raises(UserError, match="max_context"):
+            await engine.generate(PromptText(("7 " * 600,)), SamplingParams())
+    finally:
+        await engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        await greedy(engine)
+
+
+@contextmanager
+def vllm_server(folder: Path, log: Path) -> Iterator[str]:
+    """vLLM's own OpenAI server on this machine; yields its base URL once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+    ]
+    command += ["--port", str(port), "--served-model-name", "toy", "--dtype", "float32", "--max-model-len", "512"]
+    command += ["--enforce-eager", "--max-num-seqs", "8", "--disable-log-stats"]
+    if not torch.cuda.is_available():
+        command += ["--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.slow
+async def test_the_openai_policy_on_vllms_own_server_equals_transformers(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["policy"], dtype=torch.float32).eval()
+    whole = PromptText((PROMPT.text,))  # the server tokenises the text in one piece
+    text, logprob = greedy_by_transformers(model, checkpoints["policy"], whole, 12)
+    with vllm_server(checkpoints["policy"], tmp_path / "server.log") as url:
+        client = OpenAIPolicy(replace(SECTION, url=url, model="toy", retries=1))
+        (sample,) = await client.generate(whole, SamplingParams(temperature=0, max_tokens=12))
+        assert sample.text.rstrip("\ufffd") == text
+        assert sample.logprob == pytest.approx(logprob, abs=1e-3)
+        assert sample.tokens <= 12
+        stop = text[3:6]
+        (ended,) = await client.generate(whole, SamplingParams(temperature=0, max_tokens=12, stop=("never so", stop)))
+        assert (ended.text, ended.stop) == (text[: text.index(stop) + len(stop)], stop)
+        samples = await client.generate(whole, SamplingParams(n=4, max_tokens=8))
+        assert len({s.text for s in samples}) == 4
+        with pytest.raises(UserError, match="max_tokens"):
+            await client.generate(whole, SamplingParams(max_tokens=100_000))
+        with pytest.raises(UserError, match="404"):
+            await client.generate(whole, SamplingParams(adapter="unknown"))
+        await client.close()

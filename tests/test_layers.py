@@ -11,17 +11,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rstar"
 LAYERS = {
-    "types": 0, "config": 0,
-    "tree": 1, "prompts": 1, "problems": 1, "tokens": 1, "sandbox": 1,
-    "engines": 2, "store": 2, "grading": 2, "warmup": 2,
-    "search": 3, "extract": 3, "training": 3,
-    "evaluation": 4, "rounds": 4,
-    "cluster": 5, "report": 5,
-    "recipes": 6, "doctor": 6,
-    "cli": 7, "__main__": 8, "__init__": 0,
+    "types": 0, "config": 0, "__init__": 0,
+    "tree": 1, "prompts": 1, "problems": 1, "sandbox": 1,
+    "tokens": 2, "store": 2, "grading": 2, "warmup": 2,
+    "engines": 3,
+    "search": 4, "extract": 4, "training": 4,
+    "evaluation": 5, "rounds": 5,
+    "cluster": 6, "report": 6,
+    "recipes": 7, "doctor": 7,
+    "cli": 8, "__main__": 9,
 }  # fmt: skip
 ONLY_IN = {
-    "vllm": {"engines/vllm.py"},
+    "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},
     "ray": {"cluster.py"},
     "torch": {"engines", "training"},
     "transformers": {"engines", "training", "tokens.py"},
