@@ -125,7 +125,7 @@ async def require_locks(sandbox: Sandbox) -> None:
 
 
 def checks(section: SandboxSection | None = None) -> list[Check]:
-    """What `rstar doctor` prints: the host, the level, then each self-check. Starts and ends a sandbox of one zygote."""
+    """What `rstar doctor` prints: the host, the level, then each self-check. Uses a sandbox of one zygote."""
     from rstar.config import SandboxSection
     from rstar.sandbox.supervisor import Sandbox
 
@@ -133,7 +133,7 @@ def checks(section: SandboxSection | None = None) -> list[Check]:
     found = [
         Check("Landlock", host.landlock_abi > 0, f"ABI {host.landlock_abi}" if host.landlock_abi else host.problem),
         Check("seccomp", host.seccomp, "filters named by libseccomp" if host.seccomp else host.problem),
-        Check("namespaces", True, host.namespaces[0] if host.namespaces else "bubblewrap not usable here (level A at best)"),
+        Check("namespaces", True, host.namespaces[0] if host.namespaces else "no working bubblewrap: A at best"),
     ]
     try:
         sandbox = Sandbox(replace(section or SandboxSection(), processes=1))

@@ -25,7 +25,7 @@ class Setup:
     memory_bytes: int
     landlock_abi: int  # 0: no Landlock
     seccomp: bool
-    search_path: list[str] = field(default_factory=lambda: [os.path.abspath(path) for path in sys.path])  # of the supervisor
+    search_path: list[str] = field(default_factory=lambda: [os.path.abspath(path) for path in sys.path])  # for imports
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Request:
-    """One thing for a zygote to do: "run", "call", "cancel", "ping" or "forks" (bare locked forks, for the benchmark)."""
+    """One thing for a zygote to do: "run", "call", "cancel", "ping", "forks" (bare locked forks, for the benchmark)."""
 
     id: int
     kind: str

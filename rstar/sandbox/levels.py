@@ -5,8 +5,8 @@
     B       Landlock ABI 1-5 and seccomp: the same promises, some held by one lock instead of two; reduced assurance
     unsafe  no locks: a separate process with limits on time, memory and output; only on request
 
-Never promised, at any level: kernel exploits, side channels through the CPU, `stat` of known paths, a fair share of the
-CPU, honesty of a step about its own result. For code that is adversarial rather than careless put a virtual machine around it.
+Never promised, at any level: kernel exploits, side channels through the CPU, `stat` of known paths, a fair share of
+the CPU, honesty of a step about its own result. For truly adversarial code put a virtual machine around it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ FULL_ABI = 6  # signals and abstract sockets are scoped from here on
 
 LOST = (
     "files of this user can be read and written, network and sockets opened, processes and threads started, other "
-    "processes of this user signalled and read (their environment and tokens too); only time, memory and output are bounded"
+    "processes of this user signalled and read (environment and tokens too); only time, memory and output are bounded"
 )
 PROMISES = {
     "A+": "full assurance, and namespaces of its own",
     "A": "full assurance: Landlock and seccomp",
-    "B": f"reduced assurance: this kernel's Landlock is older than ABI {FULL_ABI}, so signals, abstract sockets and (below "
-    "ABI 4) TCP are denied by seccomp alone",
+    "B": f"reduced assurance: this kernel's Landlock is older than ABI {FULL_ABI}, so signals, abstract sockets and "
+    "(below ABI 4) TCP are denied by seccomp alone",
     "unsafe": f"NO assurance (--unsafe-local-exec): {LOST}",
 }
 
@@ -51,7 +51,7 @@ NO_LOCKS = Host(0, False, (), "locks switched off")
 
 
 def level_of(host: Host, *, allow_unsafe: bool) -> str:
-    """The best level `host` reaches. Raises UserError where that is none and running without locks was not asked for."""
+    """The best level `host` reaches. Raises UserError where there is none and no consent to run without."""
     if host.seccomp and host.landlock_abi >= FULL_ABI:
         return "A+" if host.namespaces else "A"
     if host.seccomp and host.landlock_abi >= 1:
@@ -63,8 +63,8 @@ def level_of(host: Host, *, allow_unsafe: bool) -> str:
     )
     raise UserError(
         f"no {missing} on this host ({host.problem or platform.platform()})",
-        need="Linux 5.13 or later with Landlock enabled (lsm=landlock,...) and libseccomp 2.5.2 or later to run model code safely",
-        how=f"run on such a kernel; or pass --unsafe-local-exec (sandbox.unsafe_local_exec=true), which gives up: {LOST}",
+        need="Linux 5.13 or later with Landlock enabled (lsm=landlock,...) and libseccomp 2.5.2 or later",
+        how=f"run on such a kernel, or pass --unsafe-local-exec (sandbox.unsafe_local_exec=true): then {LOST}",
     )
 
 
@@ -75,7 +75,8 @@ def _bubblewrap_command() -> tuple[str, ...]:
     # The capabilities let root leave root inside; without root bubblewrap has none to give and ignores them.
     capabilities = ("CAP_SETUID", "CAP_SETGID", "CAP_DAC_READ_SEARCH") if _is_root() else ()
     return (
-        program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1",
+        program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
+        "--as-pid-1",
         *(word for name in capabilities for word in ("--cap-add", name)),
         "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc",
     )  # fmt: skip

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import resource
 import socket
 import struct
@@ -39,7 +40,7 @@ OPEN_FILES = 64
 
 # What a step may call. No socket, no fork, no exec, no signal to anyone, no change of files, owners, modes or times
 # (Landlock does not cover the last three), no memfd (it escapes RLIMIT_AS), no io_uring (it escapes seccomp).
-STEP_CALLS = """
+_STEP_CALLS = """
 read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range dup dup2 dup3 open openat stat fstat
 lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents64 umask mmap munmap
 mremap mprotect madvise brk rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait
@@ -48,7 +49,8 @@ gettid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getresuid ge
 clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time uname sysinfo getrusage times getrlimit exit
 exit_group pipe pipe2 poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 sendto recvfrom
 shutdown alarm setitimer getitimer pause wait4 waitid restart_syscall
-""".split()
+"""
+STEP_CALLS = re.findall(r"\w+", _STEP_CALLS)
 
 # fcntl commands a step may use. The others reach outside: F_SETOWN with F_SETSIG sends any signal to any process of
 # the same uid, F_SETPIPE_SZ takes kernel memory that no limit counts.
@@ -111,9 +113,7 @@ def landlock(readable: Sequence[int], abi: int) -> None:
     handled = (1 << next(count for first, count in reversed(FS_RIGHTS_BY_ABI) if abi >= first)) - 1
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     attributes = struct.pack("=QQQ", handled, NET_BIND_TCP_CONNECT_TCP, SCOPE_ABSTRACT_UNIX_SIGNAL)[:size]
-    ruleset = _syscall(
-        "landlock_create_ruleset", ctypes.c_char_p(attributes), ctypes.c_long(size), ctypes.c_long(0)
-    )
+    ruleset = _syscall("landlock_create_ruleset", ctypes.c_char_p(attributes), ctypes.c_long(size), ctypes.c_long(0))
     for descriptor in readable:
         is_folder = os.fstat(descriptor).st_mode & 0o170000 == 0o040000
         rights = FS_READ_FILE | FS_READ_DIR if is_folder else FS_READ_FILE
@@ -125,8 +125,11 @@ def landlock(readable: Sequence[int], abi: int) -> None:
 
 def library_roots(modules: Iterable[str]) -> list[str]:
     """Folders of Python's own libraries: standard library, site-packages, and packages loaded from elsewhere."""
-    roots = {os.path.realpath(path) for key in ("stdlib", "platstdlib", "purelib", "platlib")
-             if (path := sysconfig.get_path(key))}
+    roots = {
+        os.path.realpath(path)
+        for key in ("stdlib", "platstdlib", "purelib", "platlib")
+        if (path := sysconfig.get_path(key))
+    }
     for name in modules:
         source = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
         if source and os.path.basename(source).startswith("__init__."):
@@ -176,7 +179,7 @@ def limit_resources(memory_bytes: int) -> None:
 
 
 def _export(rules: object) -> bytes:
-    read_end, write_end = os.pipe()  # a program is a few KiB, so it fits into the pipe; a file might not be writable here
+    read_end, write_end = os.pipe()  # a program is a few KiB and fits; a file might not be writable here
     with open(read_end, "rb") as reader:
         with open(write_end, "wb") as writer:
             rules.export_bpf(writer)  # type: ignore[attr-defined]
@@ -204,7 +207,7 @@ def zygote_filter() -> bytes:
     allow("prlimit64", s.Arg(0, s.EQ, 0))
     for name in ("kill", "prctl", "seccomp"):
         allow(name)
-    rules.add_rule(s.ERRNO(errno.ENOSYS), "clone3")  # its flags are in memory where no filter sees them: glibc falls back
+    rules.add_rule(s.ERRNO(errno.ENOSYS), "clone3")  # its flags lie in memory, unseen by filters: glibc falls back
     return _export(rules)
 
 

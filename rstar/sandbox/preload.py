@@ -6,15 +6,15 @@ Modules of the standard library that steps commonly use are loaded here too: a s
 from __future__ import annotations
 
 STEP_MODULES = [
-    "math", "cmath", "numpy", "numpy.random", "numpy.linalg", "sympy", "mpmath", "scipy", "scipy.special",
-    "array", "ast", "asyncio", "base64", "binascii", "bisect", "calendar", "collections.abc", "contextlib", "copy", "csv",
+    "math", "cmath", "numpy", "numpy.random", "numpy.linalg", "sympy", "mpmath", "scipy", "scipy.special", "array",
+    "ast", "asyncio", "base64", "binascii", "bisect", "calendar", "collections.abc", "contextlib", "copy", "csv",
     "ctypes", "dataclasses", "datetime", "decimal", "difflib", "enum", "fractions", "functools", "hashlib", "heapq",
-    "inspect", "itertools", "json", "logging", "numbers", "operator", "pathlib", "pickle", "pprint", "queue", "random",
-    "re", "secrets", "statistics", "string", "struct", "subprocess", "tempfile", "textwrap", "threading", "time", "timeit",
-    "traceback", "typing", "unicodedata", "uuid", "warnings", "zoneinfo",
+    "inspect", "itertools", "json", "logging", "numbers", "operator", "pathlib", "pickle", "pprint", "queue",
+    "random", "re", "secrets", "statistics", "string", "struct", "subprocess", "tempfile", "textwrap", "threading",
+    "time", "timeit", "traceback", "typing", "unicodedata", "uuid", "warnings", "zoneinfo",
 ]  # fmt: skip
 
-# Loads what these calls import lazily and fills sympy's caches, so that the first such call of a step is not the dear one.
+# Loads what these calls import lazily and fills sympy's caches: the first such call of a step is then a cheap one.
 WARM_UP = """
 import sympy
 x, y = sympy.symbols("x y")

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rstar.sandbox.frames import Ready, Reply, Request, Setup, pack, take
 from rstar.types import UserError
@@ -115,11 +116,11 @@ class ZygoteProcess:
             os.close(info_read)
         if self.ready.fatal:
             self._lose(self.ready.fatal)
-            raise UserError(f"the sandbox process could not lock itself in: {self.ready.fatal}", how="see `rstar doctor`")
+            raise UserError(f"the sandbox could not lock itself in: {self.ready.fatal}", how="see `rstar doctor`")
         self.alive = True
 
     async def ask(self, request: Request, patience: float) -> tuple[Reply, bytes]:
-        """Send a request and wait for its reply; a silent zygote is pinged, and killed if it does not answer that either."""
+        """Send a request and wait for its reply; a silent zygote is pinged, then killed."""
         if not self.alive or self._transport is None:
             raise ZygoteLost(f"zygote {self.pid} is gone")
         future: asyncio.Future[tuple[Reply, bytes]] = asyncio.get_running_loop().create_future()
@@ -172,10 +173,13 @@ class ZygoteProcess:
     def _lose(self, why: str) -> None:
         self.alive = False
         error = ZygoteLost(f"zygote {self.pid} was lost: {why}{self._last_words()}")
-        for future in [*self._pending.values(), *([self._started] if self._started else [])]:
+        for future in self._waiting():
             if not future.done():
                 future.set_exception(error)
         self._kill()
+
+    def _waiting(self) -> list[asyncio.Future[Any]]:
+        return [*self._pending.values(), *([self._started] if self._started is not None else [])]
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):

@@ -21,15 +21,15 @@ class _File(io.BytesIO):
 
     def __init__(self, folder: dict[str, bytes], name: str, content: bytes, mode: str) -> None:
         super().__init__(content)
-        self._folder, self.name, self.mode = folder, name, mode
+        self._folder, self.name, self._mode = folder, name, mode
         if "a" in mode:
             self.seek(0, io.SEEK_END)
 
     def readable(self) -> bool:
-        return "r" in self.mode or "+" in self.mode
+        return "r" in self._mode or "+" in self._mode
 
     def writable(self) -> bool:
-        return self.mode.strip("bt") != "r"
+        return self._mode.strip("bt") != "r"
 
     def write(self, data: Any, /) -> int:
         if not self.writable():
@@ -52,7 +52,7 @@ def in_memory_open(real_open: Callable[..., Any]) -> Callable[..., Any]:
     """`open` which keeps written files of the working folder in memory and hands everything else to `real_open`."""
     folder: dict[str, bytes] = {}
 
-    def open(  # noqa: A001 - it takes the place of the builtin
+    def open(
         file: Any,
         mode: str = "r",
         buffering: int = -1,

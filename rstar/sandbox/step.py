@@ -5,7 +5,6 @@ report goes through one pipe, the output of the last step through another; both 
 """
 
 from __future__ import annotations
-
 import __future__
 
 import builtins
@@ -26,13 +25,14 @@ STDOUT, REPORT, OUTPUT = 1, 3, 4  # descriptors; 0 and 2 are the null device
 REPORT_HEAD = struct.Struct("=cd")  # kind, CPU seconds of this process so far
 PREFIX_DONE, OK, ERROR, DENIED, MEMORY, PREFIX_FAILED = b"M", b"O", b"E", b"D", b"X", b"P"
 MAX_ERROR = 2000  # characters
+# CPU time is read from the thread clock (a step has one thread): under RLIMIT_CPU the process clock moves in ticks.
 FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
     FUTURE_FLAGS |= getattr(__future__, _name).compiler_flag
 
 
 def _say(kind: bytes, text: str = "") -> None:
-    message = REPORT_HEAD.pack(kind, time.process_time()) + text.encode("utf-8", "backslashreplace")
+    message = REPORT_HEAD.pack(kind, time.thread_time()) + text.encode("utf-8", "backslashreplace")
     os.write(REPORT, message)
 
 
@@ -53,7 +53,9 @@ def describe(error: BaseException) -> tuple[bytes, str]:
 def _open_streams() -> io.TextIOWrapper:
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", errors="backslashreplace",
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
+        encoding="utf-8",
+        errors="backslashreplace",
         write_through=True,
     )
     stdout = io.TextIOWrapper(
@@ -79,7 +81,8 @@ def _compile(codes: list[str], index: int, flags: int) -> types.CodeType:
     code = codes[index].removeprefix("\ufeff")
     if index and "__future__" in code:  # legal only where it would be legal in the whole program
         compile("\n".join([*codes[:index], code]), "<step>", "exec", dont_inherit=True)
-    return compile(code, "<step>", "exec", flags=flags, dont_inherit=True)
+    compiled: types.CodeType = compile(code, "<step>", "exec", flags=flags, dont_inherit=True)
+    return compiled
 
 
 def run_program(codes: list[str], seed: int) -> NoReturn:
@@ -88,7 +91,7 @@ def run_program(codes: list[str], seed: int) -> NoReturn:
     A fresh run of the codes joined by newlines does the same: one namespace, `from __future__` carried on. Ends the
     process without teardown, so that no `__del__`, atexit function or thread of the step can hold it up.
     """
-    clock, leave = time.process_time, os._exit
+    clock, leave = time.thread_time, os._exit
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     namespace = main.__dict__
@@ -125,8 +128,8 @@ def run_program(codes: list[str], seed: int) -> NoReturn:
 
 def run_entry(entry: Callable[[str], str], payload: str) -> NoReturn:
     """Run a trusted function on untrusted text; its result is the output."""
-    sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    os.write(REPORT, REPORT_HEAD.pack(PREFIX_DONE, time.process_time()))
+    _open_streams()
+    os.write(REPORT, REPORT_HEAD.pack(PREFIX_DONE, time.thread_time()))
     try:
         result = entry(payload).encode("utf-8", "backslashreplace")
         while result:

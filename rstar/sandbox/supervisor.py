@@ -65,7 +65,7 @@ class Session:
     async def run(self, parent: State, code: str) -> tuple[State, Execution]:
         """Run `code` as the continuation of `parent`'s program.
 
-        Returns the new state and what this code alone did: `stdout` is exactly what it printed, `cpu_ms` its own CPU time.
+        Returns the new state and what this code alone did: `stdout` exactly what it printed, `cpu_ms` its own CPU time.
         A failed run returns `parent`. Raises SandboxError when the infrastructure fails twice.
         """
         execution = await self._sandbox._run(parent.codes, code, self._seed)
@@ -224,7 +224,7 @@ class Sandbox:
         return self._section.processes or min(4, len(os.sched_getaffinity(0)))
 
     async def start(self, *, check: bool = True) -> None:
-        """Start the zygotes and attack them (`check=False` leaves that to the caller). 
+        """Start the zygotes and attack them (`check=False` leaves that to the caller).
 
         Raises UserError when a lock does not hold: nothing runs then.
         """
@@ -260,13 +260,15 @@ class Sandbox:
         if function not in ENTRIES:
             raise KeyError(f"no sandbox entry {function!r}; there are {sorted(ENTRIES)}")
         if len(payload) > MAX_PAYLOAD:
-            return Execution(ExecutionStatus.ERROR, error=f"payload too large: {len(payload)} characters, at most {MAX_PAYLOAD}")
+            what = f"payload too large: {len(payload)} characters, at most {MAX_PAYLOAD}"
+            return Execution(ExecutionStatus.ERROR, error=what)
         async with self._grading_started:
             if self._grading is None:
                 pool = Pool(self._setup(preload.GRADING_MODULES, "", ENTRIES), min(2, self.processes), self._prefix)
                 await pool.start()
                 self._grading = pool
-        return await self._execute(self._grading, "call", [function, payload], 0, cpu_seconds, wall_seconds, MAX_PAYLOAD)
+        codes = [function, payload]
+        return await self._execute(self._grading, "call", codes, 0, cpu_seconds, wall_seconds, MAX_PAYLOAD)
 
     async def run_limited(self, code: str, cpu_seconds: float) -> Execution:
         """Run one program by itself with a CPU limit of its own (self-checks)."""
@@ -277,13 +279,12 @@ class Sandbox:
         section = self._section
         size, program = _bytes(code), sum(map(_bytes, prefix))
         if size > MAX_SOURCE or size + program > MAX_PROGRAM:
-            what = f"{size} bytes, at most {MAX_SOURCE}" if size > MAX_SOURCE else f"{size + program} bytes with its prefix"
+            what = f"{size} bytes, at most {MAX_SOURCE}; {size + program} with its prefix, at most {MAX_PROGRAM}"
             return Execution(ExecutionStatus.ERROR, error=f"source too large: {what}")
         if self._steps is None:
             raise SandboxError("the sandbox is not started")
-        return await self._execute(
-            self._steps, "run", [*prefix, code], seed, section.cpu_seconds, section.wall_seconds, section.output_kib << 10
-        )
+        limits = section.cpu_seconds, section.wall_seconds, section.output_kib << 10
+        return await self._execute(self._steps, "run", [*prefix, code], seed, *limits)
 
     async def _execute(
         self, pool: Pool, kind: str, codes: list[str], seed: int, cpu_seconds: float, wall_seconds: float, output: int

@@ -276,7 +276,9 @@ class Server:
             for end in (fork.output, fork.report):  # still open only where a step without locks left a child behind
                 if end >= 0:
                     self._forget(end, fork)
-            self._answer(_reply(fork, status, usage.ru_utime + usage.ru_stime), bytes(fork.printed[: fork.output_bytes]))
+            self._answer(
+                _reply(fork, status, usage.ru_utime + usage.ru_stime), bytes(fork.printed[: fork.output_bytes])
+            )
 
 
 def _reply(fork: Fork, status: int, cpu: float) -> Reply:
