@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,14 +78,29 @@ def _connect(section: ClusterSection) -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     address = os.environ.get(ADDRESS_VARIABLE) or section.address
     options = {"include_dashboard": False} if address == "local" else {}
+    if address not in ("local", "auto"):
+        _probe(address)
     try:
         ray.init(address=address, logging_level="warning", log_to_driver=True, **options)
     except (ConnectionError, ValueError) as error:
-        raise UserError(
-            f"no Ray cluster at {address}: {str(error).splitlines()[0]}",
-            need="a running cluster",
-            how="start one with `ray start --head`, or set cluster.address=local",
-        ) from error
+        raise _no_cluster(address, str(error).splitlines()[0]) from error
+
+
+def _probe(address: str) -> None:
+    """Ray itself waits minutes for an address where nothing listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster at {address}: {reason}",
+        need="a running cluster",
+        how="start one with `ray start --head`, or set cluster.address=local",
+    )
 
 
 async def _on_ray(
