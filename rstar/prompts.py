@@ -6,6 +6,7 @@ The format is that of DESIGN section 5, byte for byte. The model writes steps; w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ STEP_TOKENS = (
 """What the delimiters look like in rendered text; each becomes one token where model.step_tokens is on."""
 SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
 
+_BRACE = re.compile(r"[{}]")
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
 
 
@@ -36,18 +38,16 @@ class Malformed:
 
 def last_boxed(text: str) -> str | None:
     """Content of the last balanced \\boxed{...} in `text`; None if there is none. Linear in the length of the text."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
-            if text[i] == "{":
-                depth += 1
-            elif text[i] == "}":
-                depth -= 1
-                if depth == 0:
-                    return text[start + len("\\boxed{") : i].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    opened: list[int] = []  # where each open brace is
+    found: tuple[int, int] | None = None
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            opened.append(brace.start())
+        elif opened:
+            start = opened.pop()
+            if text.endswith("\\boxed", 0, start) and (found is None or start > found[0]):
+                found = start, brace.start()
+    return None if found is None else text[found[0] + 1 : found[1]].strip()
 
 
 def stops(after: StepKind | None) -> tuple[str, ...]:

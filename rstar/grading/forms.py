@@ -1,19 +1,18 @@
-"""Answers as structures: what kind of thing an answer is, and a three-valued comparison of two of them."""
+"""Answers as structures: what kind of thing an answer is."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 
-from rstar.grading.exact import Quotient, TooLarge, Unreadable, constant, read, subtract
+from rstar.grading.exact import Hopeless, Quotient, Unreadable, constant
+from rstar.grading.reading import read
 
 MAX_ELEMENTS = 64
 MAX_NESTING = 8
-LONG_DECIMAL_DIGITS = 10  # a decimal with so many significant digits may stand for a number that has no end
-LONG_DECIMAL_ERROR = 1e-10
 
 
 class Kind(StrEnum):
@@ -30,7 +29,7 @@ class Kind(StrEnum):
     RATIO = "ratio"  # 3:4
     WORDS = "words"
     OPAQUE = "opaque"  # mathematics that is not decided here
-    HOSTILE = "hostile"  # beyond the bounds; equal to nothing but itself
+    HOPELESS = "hopeless"  # beyond the bounds or no mathematics; equal to nothing but itself
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Form:
     parts: tuple[Form, ...] = ()
     value: Quotient | None = None
     unit: str = ""  # a measure, singular: "cm", "square foot", "degree", "percent"
-    long_decimal: bool = False  # written as a decimal with ten or more significant digits
+    digits: int = 0  # significant digits if written as a decimal
+    last_place: float = 0.0  # value of a unit in the last of them
 
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
@@ -54,9 +54,7 @@ _INNER_THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9]|,
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|smallmatrix)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _NAME = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'?(?:\([a-zA-Z]\))?")
 _RELATION = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|<=|>=|!=|<|>")
-_CHOICE = re.compile(r"\(?([A-Z])\)?")
-_CHOSEN = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])(?:\s.*)?|([A-Z])", re.DOTALL)
-_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
+TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _LAST_WORD = re.compile(r"(?:(\\text ?\{([^{}]*)\})|([A-Za-z]{2,})\.?)(?:\^ ?(?:([23])|\{ ?([23]) ?\}))?$")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 :'.,-]*")
 
@@ -85,13 +83,13 @@ def parse(text: str, depth: int = 0) -> Form:
     """The structure of a cleaned answer."""
     try:
         return _parse(text.strip(), depth)
-    except TooLarge:
-        return Form(Kind.HOSTILE, text)
+    except Hopeless:
+        return Form(Kind.HOPELESS, text)
 
 
 def _parse(text: str, depth: int) -> Form:
     if depth > MAX_NESTING:
-        return Form(Kind.HOSTILE, text)
+        return Form(Kind.HOPELESS, text)
     if NUMBER.fullmatch(text):
         return _number(text)
     if text.startswith("{") and _closing(text, 0) == len(text) - 1 and "," not in text:
@@ -126,16 +124,20 @@ def readings(text: str) -> tuple[Form, ...]:
 
 
 def _number(text: str) -> Form:
-    digits = text.lower().partition("e")[0].replace(".", "").lstrip("+-0")
-    long_decimal = "." in text and len(digits) >= LONG_DECIMAL_DIGITS
-    return Form(Kind.VALUE, text, value=constant(Fraction(text)), long_decimal=long_decimal)
+    value = constant(Fraction(text))
+    if "." not in text:
+        return Form(Kind.VALUE, text, value=value)
+    mantissa, _, exponent = text.lower().partition("e")
+    last_place = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    digits = len(mantissa.replace(".", "").lstrip("+-0"))
+    return Form(Kind.VALUE, text, value=value, digits=digits, last_place=last_place)
 
 
 def _matrix(name: str, body: str, depth: int) -> Form:
     rows = [row for row in _split(body, ("\\\\",)) if row.strip()]
     cells = [[parse(cell, depth + 1) for cell in _split(row, ("&",))] for row in rows]
     if sum(map(len, cells)) > MAX_ELEMENTS:
-        raise TooLarge("cells")
+        raise Hopeless("cells")
     kind = "det" if name in ("vmatrix", "Vmatrix") else "matrix"  # (..) and [..] around a matrix mean the same
     return Form(Kind.MATRIX, kind, tuple(Form(Kind.TUPLE, "()", tuple(row)) for row in cells))
 
@@ -152,16 +154,18 @@ def _bracketed(text: str, depth: int) -> Form | None:
     elements = _split(text[1:-1], (",", ";"))
     if text[0] == "{":
         return _list(elements, depth)
+    if len(elements) == 1 and _MATRIX.fullmatch(elements[0].strip()):
+        return _parse(elements[0].strip(), depth + 1)
     if len(elements) == 1 and text[0] == "(":
         return _parse(elements[0].strip(), depth + 1) if text[-1] == ")" else None
     if len(elements) > MAX_ELEMENTS:
-        raise TooLarge("elements")
+        raise Hopeless("elements")
     return Form(Kind.TUPLE, text[0] + text[-1], tuple(parse(element, depth + 1) for element in elements))
 
 
 def _list(elements: Sequence[str], depth: int) -> Form:
     if len(elements) > MAX_ELEMENTS:
-        raise TooLarge("elements")
+        raise Hopeless("elements")
     parts: list[Form] = []
     for element in elements:
         part = parse(element, depth + 1)
@@ -193,7 +197,7 @@ def _relation(text: str, depth: int) -> Form | None:
 
 def _difference(left: str, right: str) -> Quotient | None:
     try:
-        return subtract(read(left), read(right))
+        return read(left) - read(right)
     except Unreadable:
         return None
 
@@ -216,7 +220,7 @@ def _leaf(text: str, depth: int) -> Form:
             if inner.value is None or (number := inner.value.rational()) is None:
                 return Form(Kind.OPAQUE, text)
             inner = Form(Kind.VALUE, text, value=constant(number * factor))
-        return Form(inner.kind, inner.text, inner.parts, inner.value, unit or inner.unit, inner.long_decimal)
+        return replace(inner, unit=unit or inner.unit)
     if "\\pm" in text:
         return _plus_minus(text, depth)
     ratio = _split(text, (":",))
@@ -240,7 +244,7 @@ def _plus_minus(text: str, depth: int) -> Form:
 
 def _words(text: str) -> str:
     """Plain language, casefolded without dots and \\text{}; empty if the text is mathematics."""
-    plain = _TEXT.sub(r"\1", text)
+    plain = TEXT.sub(r"\1", text)
     marked = plain != text
     plain = " ".join(plain.split())
     if not _WORDS.fullmatch(plain) and not (marked and re.fullmatch(r"[0-9A-Za-z :'.,-]*", plain)):
@@ -334,115 +338,3 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
                 continue
         i += 2 if text[i] == "\\" and text[i + 1 : i + 2] == "\\" else 1
     return [*parts, text[start:]]
-
-
-def choice_matches(answer: str, reference: str) -> bool | None:
-    """For a reference that is one capital letter, (E) or E: whether the answer chooses it; None for others."""
-    wanted = _CHOICE.fullmatch(_TEXT.sub(r"\1", reference))
-    if wanted is None:
-        return None
-    chosen = _CHOSEN.fullmatch(_TEXT.sub(r"\1", answer).strip())
-    return chosen is not None and wanted[1] in chosen.groups()
-
-
-def compare(answer: Form, reference: Form) -> bool | None:
-    """Whether the answer is the reference; None if this is not decided here."""
-    kinds = {answer.kind, reference.kind}
-    if Kind.HOSTILE in kinds:
-        return False
-    if answer.unit and reference.unit and answer.unit != reference.unit:
-        return False
-    if answer.kind is reference.kind and answer.kind in _SAME_KIND:
-        return _SAME_KIND[answer.kind](answer, reference)
-    if Kind.ASSIGNMENT in kinds:
-        first, second = (answer, reference) if answer.kind is Kind.ASSIGNMENT else (reference, answer)
-        if second.kind is Kind.EQUATION:
-            return _equation(answer, reference)
-        return compare(first.parts[0], second) if second is reference else compare(second, first.parts[0])
-    if Kind.OPAQUE in kinds or (Kind.RELATION in kinds and kinds & {Kind.TUPLE, Kind.UNION}):
-        return False if Kind.WORDS in kinds else None
-    return False
-
-
-def _value(answer: Form, reference: Form) -> bool | None:
-    assert answer.value is not None and reference.value is not None
-    try:
-        if answer.value.equals(reference.value):
-            return True
-    except TooLarge:
-        return None
-    if not answer.long_decimal or reference.long_decimal:
-        return False
-    exact, wanted = answer.value.rational(), reference.value.real()
-    known = reference.value.rational()
-    if exact is None or wanted is None or (known is not None and known.denominator == 1):
-        return False
-    return abs(float(exact) - wanted) <= LONG_DECIMAL_ERROR * abs(wanted)
-
-
-def _equation(answer: Form, reference: Form) -> bool | None:
-    if answer.value is None or reference.value is None:
-        return None
-    try:
-        return answer.value.proportional(reference.value) or None
-    except TooLarge:
-        return None
-
-
-def _assignment(answer: Form, reference: Form) -> bool | None:
-    return compare(answer.parts[0], reference.parts[0]) if answer.text == reference.text else False
-
-
-def _ordered(answer: Form, reference: Form) -> bool | None:
-    if answer.text != reference.text or len(answer.parts) != len(reference.parts):
-        return False
-    return _all(compare(a, r) for a, r in zip(answer.parts, reference.parts, strict=True))
-
-
-def _unordered(answer: Form, reference: Form) -> bool | None:
-    """A pairing of equal elements; undecided only if undecided pairs could complete it."""
-    if len(answer.parts) != len(reference.parts):
-        return False
-    left = list(answer.parts)
-    rest: list[Form] = []
-    for wanted in reference.parts:
-        match = next((i for i, part in enumerate(left) if compare(part, wanted)), None)
-        if match is None:
-            rest.append(wanted)
-        else:
-            left.pop(match)
-    if not rest:
-        return True
-    return None if all(any(compare(part, wanted) is None for part in left) for wanted in rest) else False
-
-
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    undecided = False
-    for verdict in verdicts:
-        if verdict is False:
-            return False
-        undecided = undecided or verdict is None
-    return None if undecided else True
-
-
-def _same_text(answer: Form, reference: Form) -> bool | None:
-    return answer.text == reference.text
-
-
-def _maybe(answer: Form, reference: Form) -> bool | None:
-    return True if answer.text == reference.text else None
-
-
-_SAME_KIND: dict[Kind, Callable[[Form, Form], bool | None]] = {
-    Kind.VALUE: _value,
-    Kind.LIST: _unordered,
-    Kind.UNION: _unordered,
-    Kind.TUPLE: _ordered,
-    Kind.MATRIX: _ordered,
-    Kind.RATIO: _ordered,
-    Kind.RELATION: _ordered,
-    Kind.ASSIGNMENT: _assignment,
-    Kind.EQUATION: _equation,
-    Kind.WORDS: _same_text,
-    Kind.OPAQUE: _maybe,
-}

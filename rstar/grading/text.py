@@ -78,6 +78,8 @@ def clean(text: str) -> str:
     Units and words stay (as \\text{...} where they were marked as text); numbers are not evaluated.
     """
     text = text.strip().translate(_CHARACTERS)
+    if text.endswith("\\") and not text.endswith("\\\\"):
+        text = text[:-1]  # of a trailing "\\ "
     if "\u221a" in text:
         text = _ROOT_SIGN.sub(lambda m: "\\sqrt{" + m[1].strip("()") + "}", text)
     if "\\" in text or "$" in text or "%" in text or "~" in text or "{,}" in text:

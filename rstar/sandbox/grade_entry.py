@@ -18,7 +18,7 @@ _CONFIG = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anc
 
 
 def grade(payload: str) -> str:
-    """"1" if the answer in the JSON list [answer, reference] equals the reference, else "0"."""
+    """ "1" if the answer in the JSON list [answer, reference] equals the reference, else "0"."""
     answer, reference = json.loads(payload)
     given, wanted = _expression(answer), _expression(reference)
     if given is None or wanted is None:
@@ -30,9 +30,7 @@ def grade(payload: str) -> str:
 def _expression(text: str) -> Basic | MatrixBase | None:
     if text.count("{") != text.count("}"):
         return None
-    found = parse(
-        f"$\\boxed{{{text}}}$", extraction_config=_CONFIG, fallback_mode="no_fallback", parsing_timeout=None
-    )
+    found = parse(f"$\\boxed{{{text}}}$", extraction_config=_CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     return next((item for item in found if isinstance(item, Basic | MatrixBase)), None)
 
 
