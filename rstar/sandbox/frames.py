@@ -23,6 +23,7 @@ class Setup:
     warm_up: str  # run once before the locks, to fill caches
     entries: dict[str, str]  # name -> "module:function" that `call` may run
     memory_bytes: int
+    uid: int  # what to become instead of root
     landlock_abi: int  # 0: no Landlock
     seccomp: bool
     search_path: list[str] = field(default_factory=lambda: [os.path.abspath(path) for path in sys.path])  # for imports

@@ -34,8 +34,9 @@ SCOPE_ABSTRACT_UNIX_SIGNAL = 0b11  # ABI 6
 RULE_PATH_BENEATH = 1
 CREATE_RULESET_VERSION = 1
 
-# An otherwise unused uid: "nobody" may own other processes of the host. The second is for small uid maps.
-SANDBOX_UIDS = (61437, 65534)
+# Uids that nobody has (systemd hands this range out dynamically), one per supervisor, so that the sandboxes of a node are
+# strangers to each other; "nobody" is for containers with a small uid map.
+FIRST_UID, UIDS, NOBODY = 61440, 2048, 65534
 OPEN_FILES = 64
 
 # What a step may call. No socket, no fork, no exec, no signal to anyone, no change of files, owners, modes or times
@@ -148,20 +149,22 @@ def readable_paths(roots: Iterable[str]) -> list[str]:
     return sorted({*roots, *shared, *system})
 
 
-def drop_root() -> int | None:
-    """Become an unprivileged user for good; capabilities go with the uid. None when this is not root already."""
+def sandbox_uid(supervisor: int) -> int:
+    """The uid that the zygotes of the supervisor with this pid drop to when it is root."""
+    return FIRST_UID + supervisor % UIDS
+
+
+def drop_root(uid: int) -> None:
+    """Become `uid` (or nobody) for good; capabilities go with root. Does nothing for other users. OSError if it fails."""
     if os.geteuid() != 0 and os.getuid() != 0:
-        return None
-    failure: OSError | None = None
-    for uid in SANDBOX_UIDS:
-        try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            return uid
-        except OSError as error:
-            failure = error
-    raise OSError(errno.EPERM, f"cannot leave root: {failure}")
+        return
+    os.setgroups([])
+    try:
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError:
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def limit_resources(memory_bytes: int) -> None:

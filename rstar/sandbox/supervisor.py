@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rstar.sandbox import levels, preload
+from rstar.sandbox import levels, locks, preload
 from rstar.sandbox.entries import ENTRIES
 from rstar.sandbox.frames import Ready, Reply, Request, Setup
 from rstar.sandbox.process import ZygoteLost, ZygoteProcess
@@ -223,6 +223,19 @@ class Sandbox:
     def processes(self) -> int:
         return self._section.processes or min(4, len(os.sched_getaffinity(0)))
 
+    @property
+    def uid(self) -> int:
+        """The user that steps run as."""
+        return self._zygotes[0].ready.uid if self._zygotes else -1
+
+    def zygote_pids(self) -> list[int]:
+        """Processes that are serving steps at this moment."""
+        return [zygote.pid for zygote in self._zygotes if zygote.alive]
+
+    @property
+    def _zygotes(self) -> list[ZygoteProcess]:
+        return self._steps.zygotes if self._steps is not None else []
+
     async def start(self, *, check: bool = True) -> None:
         """Start the zygotes and attack them (`check=False` leaves that to the caller).
 
@@ -312,6 +325,7 @@ class Sandbox:
             warm_up=warm_up,
             entries=entries,
             memory_bytes=self._section.memory_mib << 20,
+            uid=locks.sandbox_uid(os.getpid()),
             landlock_abi=0 if unsafe else self.host.landlock_abi,
             seccomp=not unsafe,
         )

@@ -28,7 +28,8 @@ from rstar.sandbox.frames import Ready, Reply, Request, Setup, pack, take
 PIPE_CHUNK = 1 << 16
 REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
-BUSY_SHARE = 0.02  # a fork that got less CPU than this share of its wall time was idle, not starved
+BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
+PER_THREAD = 4  # CPUCLOCK_PERTHREAD, linux/posix-timers.h
 WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
 FREE_FDS = (38, 39)  # below the library folders; the zygote itself never has this many descriptors
 FIRST_LIBRARY_FD = 40
@@ -174,7 +175,7 @@ class Server:
         os.close(report_write)
         now = time.monotonic()
         fork = Fork(
-            request.id, pid, _cpu_clock(pid), output_read, report_read, now,
+            request.id, pid, _cpu_clock(pid, self.filter is not None), output_read, report_read, now,
             request.cpu_seconds, request.wall_seconds, request.output_bytes, allowance,
             next_check=now + min(request.cpu_seconds, request.wall_seconds), wall_end=now + request.wall_seconds,
             sampled=(now, 0.0),
@@ -315,10 +316,15 @@ def _reply(fork: Fork, status: int, cpu: float) -> Reply:
     )
 
 
-def _cpu_clock(pid: int) -> int:
-    """The clock of another process's CPU time (clock_getcpuclockid); -1 where the system has none for it."""
+def _cpu_clock(pid: int, single_thread: bool) -> int:
+    """The clock of another process's CPU time.
+
+    Its one thread's clock where threads are denied: that is exact, while the process clock moves in ticks under RLIMIT_CPU.
+    """
     clock = ctypes.c_int()
-    return clock.value if locks.libc.clock_getcpuclockid(ctypes.c_int(pid), ctypes.byref(clock)) == 0 else -1
+    if locks.libc.clock_getcpuclockid(ctypes.c_int(pid), ctypes.byref(clock)) != 0:
+        return -1
+    return clock.value | PER_THREAD if single_thread else clock.value
 
 
 def _cpu_time(clock: int) -> float:
@@ -437,7 +443,7 @@ def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
         os.close(opened)
     step_filter = locks.Filter(locks.step_filter()) if setup.seccomp else None
     zygote_filter = locks.Filter(locks.zygote_filter()) if setup.seccomp else None
-    locks.drop_root()
+    locks.drop_root(setup.uid)
     unreachable = pin_libraries(roots, pinned)
     if not unreachable:
         os.closerange(FIRST_LIBRARY_FD, locks.OPEN_FILES)
