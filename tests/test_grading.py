@@ -17,11 +17,11 @@ CASES = json.loads((Path(__file__).parent / "data" / "grading_cases.json").read_
 LATEX = st.text(alphabet="0123456789.,-+*/^_(){}[]\\ $%abcxyi=<>:;&|!", max_size=60)
 PIECES = st.lists(
     st.sampled_from(
-        ["\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "1", "23", "0.5", "x", "^", "_", ",", " ", "\\pm", "\\text{cm}", "=",
-         "\\cup", "\\{", "\\}", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\pi", "i", "%", "\\$", "!", ":", "/", "<"]
+        "\\frac|\\sqrt|{|}|(|)|[|]|1|23|0.5|x|^|_|,| |\\pm|\\text{cm}|=|\\cup|\\{|\\}|\\begin{pmatrix}|\\end{pmatrix}|&|\\\\|"
+        "\\pi|i|%|\\$|!|:|/|<".split("|")
     ),
     max_size=25,
-).map("".join)  # fmt: skip
+).map("".join)
 
 
 def answer_of(case):
@@ -62,11 +62,11 @@ async def test_the_whole_grader_agrees_with_every_labelled_case_behind_the_wall(
 
 async def test_a_runaway_symbolic_grading_ends_at_its_limit_and_counts_as_ungradable():
     async with Sandbox(SandboxSection(processes=1)) as sandbox:
-        grader = Grader(sandbox)
+        grader = Grader(sandbox, cpu_seconds=1.0)
         assert await grader.is_equivalent("\\log_2 8", "3")  # starts the grading process
         start = time.monotonic()
         assert not await grader.is_equivalent("\\sum_{n=1}^{10^9} \\sin n^2", "5")
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 15
         assert grader.ungradable == 1
         assert await grader.is_equivalent("\\log_2 16", "4")  # and the next one works
 
@@ -133,7 +133,8 @@ def test_lists_are_unordered_and_tuples_are_not(numbers, random):
 
 
 @pytest.mark.parametrize(
-    "text", ["\\boxed{" * 200_000, "{" * 10_000, "answer is " * 100_000, "#### " * 100_000, "\\boxed{1}" * 50_000]
+    "text",
+    ["\\boxed{" * 200_000, "{" * 10_000, "answer is " * 100_000, "#### " * 100_000, "\\boxed{1}" * 50_000],
 )
 def test_extraction_from_megabytes_is_bounded(text):
     start = time.perf_counter()
@@ -147,7 +148,8 @@ def test_extraction_from_megabytes_is_bounded(text):
         "9^9^9^9", "10^{1000000}", "{" * 10_000 + "}" * 10_000, "\\frac{1}{" * 400 + "2" + "}" * 400, "(1+x)^{999999}",
         "((x+y+z)^{12})^{12}", "1" * 10_000_000, "1," * 2000, "\\sqrt{999999999999}", "200!" + "*200!" * 100, "a" * 3999,
         "\\text{" * 600, "1 " * 1900, "x cm " * 700, "\\begin{pmatrix}" * 250, ",".join(["1e400"] * 200), "\\pm " * 900,
-        "\\sqrt{" * 20 + "2" + "}" * 20, "-" * 3999, "(" * 1900 + ")" * 1900, "$" * 3999, "(1,(1,(1,(1,(1,(1,(1,(1,(1,(1,1))))))))))",
+        "\\sqrt{" * 20 + "2" + "}" * 20, "-" * 3999, "(" * 1900 + ")" * 1900, "$" * 3999,
+        "(1,(1,(1,(1,(1,(1,(1,(1,(1,(1,1))))))))))",
     ],
 )  # fmt: skip
 def test_hostile_answers_cost_little(text):

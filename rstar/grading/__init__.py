@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["Grader", "extract_answer", "is_equivalent_fast", "normalise"]
 
 SYMBOLIC_CPU_SECONDS = 5.0
-SYMBOLIC_WALL_SECONDS = 15.0
 
 
 def normalise(text: str) -> str:
@@ -94,8 +93,11 @@ class Grader:
     Verdicts are kept (up to `remembered`), since samples of one problem repeat each other's answers.
     """
 
-    def __init__(self, sandbox: Sandbox | None, *, remembered: int = 20_000) -> None:
+    def __init__(
+        self, sandbox: Sandbox | None, *, cpu_seconds: float = SYMBOLIC_CPU_SECONDS, remembered: int = 20_000
+    ) -> None:
         self._sandbox = sandbox
+        self._cpu_seconds = cpu_seconds  # of one symbolic grading
         self._remembered = remembered
         self._verdicts: dict[tuple[str, str], bool] = {}
         self.symbolic_calls = 0
@@ -122,8 +124,8 @@ class Grader:
         execution = await sandbox.call(
             "grade",
             json.dumps([answer, reference]),
-            cpu_seconds=SYMBOLIC_CPU_SECONDS,
-            wall_seconds=SYMBOLIC_WALL_SECONDS,
+            cpu_seconds=self._cpu_seconds,
+            wall_seconds=3 * self._cpu_seconds,  # a backstop; CPU time decides
         )
         if execution.status is not ExecutionStatus.OK:
             self.ungradable += 1
