@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rstar.config import EngineSection
 from rstar.engines.base import squash
-from rstar.engines.hf_loop import Engine, Request, load_model, max_context
+from rstar.engines.hf_loop import Engine, Request, load_model, max_context, memory_limits
 from rstar.engines.hf_prefix import Match, PrefixCache, common_prefix
 from rstar.engines.hf_rows import RowBuffer
 from rstar.engines.hf_sampling import sample_tokens
@@ -83,7 +83,7 @@ class HfPolicy(Engine[_Prompt]):
 
     Args:
         model_path: Checkpoint folder or hub id.
-        section: Engine settings; `cache_mib` bounds the kept prefixes, and once more the rows in work.
+        section: Engine settings; `cache_mib` bounds the kept prefixes; rows in work come on top.
         adapters: LoRA adapters by name, folders in PEFT's format; SamplingParams.adapter names one.
         seed: Of the samples. Together with the request's own seed, its prompt, and how often both were asked before.
     """
@@ -156,8 +156,8 @@ class HfPolicy(Engine[_Prompt]):
 
     def _batch(self, adapter: str | None) -> _Batch:
         if adapter not in self._batches:
-            limit = self.section.cache_mib << 20
-            self._batches[adapter] = _Batch(RowBuffer(self.model, limit), PrefixCache(limit))
+            rows, kept = memory_limits(self.section)
+            self._batches[adapter] = _Batch(RowBuffer(self.model, rows), PrefixCache(kept))
         return self._batches[adapter]
 
     def _select(self, adapter: str | None) -> None:
@@ -310,9 +310,9 @@ class HfScorer(Engine[_Paths]):
             )
         self.max_context = max_context(self.model.config, section)
         self.scale = float(getattr(self.model.config, "rstar_score_scale", 5.0))
-        limit = section.cache_mib << 20
-        self._rows = RowBuffer(self.model, limit)
-        self._prefixes = PrefixCache(limit)
+        rows, kept = memory_limits(section)
+        self._rows = RowBuffer(self.model, rows)
+        self._prefixes = PrefixCache(kept)
         self._queue: list[tuple[_Paths, int]] = []
 
     async def score(self, prompt: PromptText, completions: Sequence[str]) -> list[float]:

@@ -24,6 +24,8 @@ from rstar.types import Usage, UserError
 
 _TORCH_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
 
+_ROWS_MIB = 1024  # rows in work may always take this much: keeping no prefixes must not make batches small
+
 Work = TypeVar("Work", bound="Request")
 
 
@@ -50,10 +52,10 @@ class Engine(Generic[Work]):
     async def close(self) -> None:
         """Fail what is in flight and give the model's memory back. Idempotent."""
         self._closed = True
+        self._fail(EngineError("the engine was closed"))
         if self._driver is not None and not self._driver.done():
             self._driver.cancel()
             await asyncio.gather(self._driver, return_exceptions=True)
-        self._fail(EngineError("the engine was closed"))
         await asyncio.get_running_loop().run_in_executor(_TORCH_THREAD, self._release)
 
     async def _submit(self, request: Work) -> Any:
@@ -151,6 +153,11 @@ def load_model(loader: Any, model_path: str, section: EngineSection) -> Any:
             how="give the policy's folder to the policy and the PPM's to the scorer",
         )
     return model.to(device).eval()
+
+
+def memory_limits(section: EngineSection) -> tuple[int, int]:
+    """Bytes of keys and values: of the rows in work, and of the prefixes that are kept."""
+    return max(section.cache_mib, _ROWS_MIB) << 20, section.cache_mib << 20
 
 
 def _dtype(section: EngineSection, device: str) -> torch.dtype:

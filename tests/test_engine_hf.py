@@ -1,0 +1,408 @@
+"""The embedded engines say what plain transformers says, whatever else is in the batch or in the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rstar.config import EngineSection
+from rstar.engines.base import EngineError, squash
+from rstar.engines.hf import HfPolicy, HfScorer
+from rstar.engines.hf_prefix import PrefixCache, common_prefix
+from rstar.engines.hf_rows import _group
+from rstar.engines.hf_sampling import sample_tokens
+from rstar.tokens import load_tokenizer
+from rstar.types import PromptText, SamplingParams, UserError
+
+SECTION = EngineSection(dtype="float32", device="cpu", max_batch=8)
+PROMPTS = [
+    PromptText(("What is 12 + 7?\n", "<code>\n")),
+    PromptText(("What is 12 + 7?\n", "<code>\n", "x = 12\n<end_of_step>\n")),
+    PromptText(("What is 2 + 7?\n", "<code>\n", "print(2 + 7)\n<end_of_code>\n", "<output>9<end_of_output>\n<answer>")),
+    PromptText(("Compute the least common multiple of the numbers 12 and 18, then add 345 to it.\n", "<code>\n")),
+    PromptText(("é∑𝔘?",)),
+]  # fmt: skip
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path):
+    return HfPolicy(str(tiny_model), SECTION)
+
+
+@pytest.fixture(scope="module")
+def ppm(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PPM whose padding token is its end token: the case that stock pooling gets wrong."""
+    folder = tmp_path_factory.mktemp("ppm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    model.config.pad_token_id = model.config.eos_token_id
+    model.config.rstar_score_scale = 2.5
+    model.save_pretrained(folder)
+    load_tokenizer(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def fresh(tiny_model: Path, **settings) -> HfPolicy:
+    return HfPolicy(str(tiny_model), EngineSection(**{"dtype": "float32", "device": "cpu", **settings}))
+
+
+def greedy_ids(reference, ids: list[int], count: int) -> list[int]:
+    with torch.no_grad():
+        whole = reference.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=count, use_cache=False)
+    return whole[0, len(ids) :].tolist()
+
+
+def greedy_text(reference, policy: HfPolicy, prompt: PromptText, count: int) -> str:
+    ids = greedy_ids(reference, policy.encoder.encode(prompt.segments), count)
+    ids = ids[:-1] if ids[-1] == policy.tokenizer.eos_token_id else ids
+    return policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+async def test_greedy_text_equals_plain_generate_for_every_prompt_alone_and_together(reference, tiny_model, policy):
+    expected = [greedy_text(reference, policy, prompt, 24) for prompt in PROMPTS]
+    assert len(set(expected)) == len(expected), "a model that always says the same would prove nothing"
+    for prompt, text in zip(PROMPTS, expected, strict=True):
+        (generation,) = await fresh(tiny_model).generate(prompt, GREEDY)
+        assert generation.text == text
+    together = await asyncio.gather(*(policy.generate(prompt, GREEDY) for prompt in PROMPTS))
+    assert [generations[0].text for generations in together] == expected
+
+
+async def test_requests_that_come_and_go_in_the_middle_do_not_change_greedy_text(reference, policy):
+    expected = {prompt: greedy_text(reference, policy, prompt, 24) for prompt in PROMPTS}
+    noise = random.Random(0)
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(noise.random() * 0.2)
+        prompt = PROMPTS[number % len(PROMPTS)]
+        kind = number % 3
+        params = GREEDY if kind == 0 else SamplingParams(n=1 + kind, max_tokens=3 + number, seed=number)
+        generations = await policy.generate(prompt, params)
+        assert len(generations) == params.n
+        if kind == 0:
+            assert generations[0].text == expected[prompt]
+
+    await asyncio.gather(*(one(number) for number in range(40)))
+
+
+async def test_sampled_logprobs_equal_a_teacher_forced_forward(reference, policy, monkeypatch):
+    kept = []
+    drop = policy._drop
+    monkeypatch.setattr(policy, "_drop", lambda batch, row: kept.append(batch.samples[row]) or drop(batch, row))
+    params = SamplingParams(n=5, temperature=0.7, top_p=0.9, max_tokens=16, seed=5)
+    generations = await policy.generate(PROMPTS[1], params)
+    assert len(kept) == 5
+    by_index = {sample.index: sample for sample in kept}
+    for index, generation in enumerate(generations):
+        ids = by_index[index].ids
+        start = len(by_index[index].prompt.ids)
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids)))
+        assert generation.logprob == pytest.approx(expected, abs=1e-4 * generation.tokens)
+        assert generation.tokens == len(ids) - start
+
+
+async def test_the_cache_changes_nothing_but_the_work(reference, tiny_model, policy):
+    engine, child = fresh(tiny_model), PROMPTS[0]
+    texts = []
+    for _ in range(3):
+        (generation,) = await engine.generate(child, GREEDY)
+        assert generation.text == greedy_text(reference, policy, child, 24)
+        texts.append(generation.text)
+        child = child.plus(generation.text + "\n")
+    first = len(engine.encoder.encode(PROMPTS[0].segments))
+    whole = len(engine.encoder.encode(child.segments))
+    assert first < engine.usage.prompt_tokens < whole - 40, "children were read in again"
+    before = engine.usage.prompt_tokens
+    await engine.generate(PROMPTS[0], SamplingParams(n=8, max_tokens=2))
+    assert engine.usage.prompt_tokens == before + 1
+
+
+async def test_a_cache_too_small_for_anything_still_gives_the_right_text(reference, tiny_model, policy):
+    for limit in (0, 1 << 14):
+        engine = fresh(tiny_model, cache_mib=0, max_batch=3)
+        engine._batch(None).prefixes.limit_bytes = limit
+        results = await asyncio.gather(*(engine.generate(prompt, GREEDY) for prompt in PROMPTS * 2))
+        expected = [greedy_text(reference, policy, prompt, 24) for prompt in PROMPTS * 2]
+        assert [generations[0].text for generations in results] == expected
+
+
+async def test_prompts_that_arrive_together_compute_their_common_part_once(tiny_model):
+    engine = fresh(tiny_model)
+    trunk = "Tom has 12 apples and buys 7 more. " * 10
+    prompts = [PromptText((trunk, f"Question {i}\n")) for i in range(6)]
+    await asyncio.gather(*(engine.generate(prompt, SamplingParams(n=2, max_tokens=4)) for prompt in prompts))
+    assert engine.usage.prompt_tokens < len(engine.encoder.encode([trunk])) + 6 * 20
+
+
+async def test_text_ends_right_after_the_stop_string_even_inside_a_token(reference, tiny_model, policy):
+    text = greedy_text(reference, policy, PROMPTS[0], 24)
+    for start in range(0, len(text) - 3, 3):
+        stop = text[start : start + 2]
+        if "\ufffd" in stop:
+            continue
+        (generation,) = await policy.generate(
+            PROMPTS[0], SamplingParams(temperature=0, max_tokens=24, stop=("@@", stop))
+        )
+        assert generation.text == text[: text.index(stop) + 2]
+        assert (generation.stop, generation.cut_off) == (stop, False)
+        assert generation.tokens <= 24
+
+
+async def test_max_tokens_cuts_off_and_the_context_bounds_max_tokens(tiny_model):
+    engine = fresh(tiny_model, max_context=40)
+    size = len(engine.encoder.encode(PROMPTS[0].segments))
+    (generation,) = await engine.generate(PROMPTS[0], SamplingParams(max_tokens=5))
+    assert (generation.tokens, generation.stop, generation.cut_off) == (5, None, True)
+    (generation,) = await engine.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=500))
+    assert (generation.tokens, generation.cut_off) == (40 - size, True)
+    with pytest.raises(UserError, match="max_context"):
+        await engine.generate(PromptText(("apples " * 60,)), SamplingParams())
+
+
+async def test_the_end_token_ends_a_sample_and_is_no_text(reference, tiny_model, policy):
+    engine = fresh(tiny_model)
+    ids = greedy_ids(reference, engine.encoder.encode(PROMPTS[0].segments), 6)
+    engine._ends = frozenset({ids[3]})
+    first = ids.index(ids[3])
+    (generation,) = await engine.generate(PROMPTS[0], GREEDY)
+    assert generation.text == engine.tokenizer.decode(ids[:first], clean_up_tokenization_spaces=False)
+    assert (generation.stop, generation.cut_off, generation.tokens) == (None, False, first + 1)
+
+
+async def test_more_samples_than_rows_are_all_returned_and_differ(tiny_model):
+    engine = fresh(tiny_model, max_batch=3)
+    params = SamplingParams(n=10, max_tokens=8, seed=1)
+    generations = await engine.generate(PROMPTS[0], params)
+    assert len({generation.text for generation in generations}) == 10
+    assert engine._batches[None].rows.lengths == []
+    wide = await fresh(tiny_model, max_batch=64).generate(PROMPTS[0], params)
+    assert [g.text for g in wide] == [g.text for g in generations], "a sample depends on the batch it was in"
+    again = await engine.generate(PROMPTS[0], params)
+    assert {g.text for g in again} != {g.text for g in generations}, "asking again must give new samples"
+
+
+async def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(reference, tiny_model, policy):
+    engine = fresh(tiny_model)
+    doomed = asyncio.create_task(engine.generate(PROMPTS[3], SamplingParams(n=4, max_tokens=1500)))
+    queued = asyncio.create_task(engine.generate(PROMPTS[1], SamplingParams(n=70, max_tokens=1500)))
+    while not engine._batches or not engine._batches[None].samples:
+        await asyncio.sleep(0.01)
+    doomed.cancel()
+    queued.cancel()
+    (generation,) = await engine.generate(PROMPTS[0], GREEDY)
+    assert generation.text == greedy_text(reference, policy, PROMPTS[0], 24)
+    await engine._driver
+    assert (engine._batches[None].samples, engine._queue, engine._inside) == ([], [], set())
+    assert engine.usage.generated_tokens < 3000
+
+
+async def test_a_failed_tick_is_an_engine_error_and_the_engine_lives_on(reference, tiny_model, policy, monkeypatch):
+    engine = fresh(tiny_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_finish", lambda batch: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(EngineError, match="out of memory"):
+            await engine.generate(PROMPTS[0], GREEDY)
+    (generation,) = await engine.generate(PROMPTS[0], GREEDY)
+    assert generation.text == greedy_text(reference, policy, PROMPTS[0], 24)
+
+
+def test_an_engine_outlives_the_event_loop_that_was_shut_down_with_work_inside(reference, tiny_model, policy):
+    engine = fresh(tiny_model)
+
+    async def abandon() -> None:
+        task = asyncio.create_task(engine.generate(PROMPTS[1], SamplingParams(n=4, max_tokens=1500)))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+
+    asyncio.run(abandon())
+    (generation,) = asyncio.run(engine.generate(PROMPTS[0], GREEDY))
+    assert generation.text == greedy_text(reference, policy, PROMPTS[0], 24)
+    assert engine._batches[None].samples == []
+
+
+async def test_closing_fails_what_is_in_flight(tiny_model):
+    engine = fresh(tiny_model)
+    task = asyncio.create_task(engine.generate(PROMPTS[0], SamplingParams(max_tokens=1500)))
+    await asyncio.sleep(0.05)
+    await engine.close()
+    await engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        await task
+    with pytest.raises(EngineError, match="closed"):
+        await engine.generate(PROMPTS[0], GREEDY)
+
+
+async def test_scores_equal_the_stock_classifier_on_single_sequences(ppm: Path):
+    scorer = HfScorer(str(ppm), SECTION)
+    stock = AutoModelForSequenceClassification.from_pretrained(ppm).eval()
+    end = scorer.encoder.tokenizer.eos_token
+    completions = ["x = 12\n<end_of_step>\n", "y\n", "# Step 1: add\nprint(12 + 7)\n<end_of_code>\n", f"x{end}", "y\n"]
+    calls = await asyncio.gather(*(scorer.score(prompt, completions) for prompt in PROMPTS))
+    for prompt, scores in zip(PROMPTS, calls, strict=True):
+        for completion, score in zip(completions, scores, strict=True):
+            ids = torch.tensor([scorer.encoder.encode((*prompt.segments, completion))])
+            with torch.no_grad():
+                hidden = stock.model(ids).last_hidden_state[0, -1]
+                raw = stock.score(hidden).item()
+                if not completion.endswith(end):  # stock pooling skips an end token where it is the padding too
+                    assert raw == pytest.approx(stock(ids).logits.item(), abs=1e-5)
+            assert score == pytest.approx(squash(raw, 2.5), abs=1e-5)
+    again = await scorer.score(PROMPTS[2], completions)
+    assert again == pytest.approx(calls[2], abs=1e-5)
+    assert scorer.usage.scored == 30
+    assert len({round(score, 6) for scores in calls for score in scores}) > 15
+
+
+async def test_siblings_share_the_computation_of_their_prompt(ppm: Path):
+    scorer = HfScorer(str(ppm), SECTION)
+    prompt = PromptText(("Tom has 12 apples and buys 7 more. " * 10,))
+    completions = [f"x = {i}\n<end_of_step>\n" for i in range(8)]
+    await scorer.score(prompt, completions)
+    own = sum(len(scorer.encoder.encode([completion])) for completion in completions)
+    assert scorer.usage.prompt_tokens <= len(scorer.encoder.encode(prompt.segments)) + own
+    assert await scorer.score(prompt, []) == []
+
+
+async def test_small_score_batches_give_the_same_scores(ppm: Path):
+    completions = [f"x = {i}\n" * (1 + i) for i in range(12)]
+    whole = await HfScorer(str(ppm), SECTION).score(PROMPTS[3], completions)
+    small = HfScorer(str(ppm), EngineSection(dtype="float32", device="cpu", score_batch_tokens=10, cache_mib=1))
+    assert await small.score(PROMPTS[3], completions) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_policy_checkpoint_is_no_scorer(tiny_model: Path):
+    with pytest.raises(UserError, match=r"score\.weight"):
+        HfScorer(str(tiny_model), SECTION)
+
+
+def test_a_wrong_folder_or_dtype_is_a_user_error(tmp_path: Path, tiny_model: Path):
+    with pytest.raises(UserError, match="no model folder"):
+        HfPolicy(str(tmp_path / "nothing"), SECTION)
+    with pytest.raises(UserError, match="float32"):
+        fresh(tiny_model, dtype="fp8")
+
+
+async def test_adapters_change_the_text_and_do_not_leak_into_each_other(reference, tiny_model, policy, tmp_path):
+    peft = pytest.importorskip("peft")
+    expected = {None: greedy_text(reference, policy, PROMPTS[0], 12)}
+    for name in ("answer", "stop"):
+        torch.manual_seed(len(name))
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        adapted = peft.get_peft_model(
+            base, peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+        )
+        adapted.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            ids = torch.tensor([policy.encoder.encode(PROMPTS[0].segments)])
+            out = adapted.eval().generate(input_ids=ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+        out = out[: out.index(policy.tokenizer.eos_token_id)] if policy.tokenizer.eos_token_id in out else out
+        expected[name] = policy.tokenizer.decode(out, clean_up_tokenization_spaces=False)
+    assert len(set(expected.values())) == 3
+    engine = HfPolicy(str(tiny_model), SECTION, adapters={name: str(tmp_path / name) for name in ("answer", "stop")})
+    for _ in range(2):
+        texts = await asyncio.gather(
+            *(engine.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12, adapter=a)) for a in expected)
+        )
+        assert [generations[0].text for generations in texts] == list(expected.values())
+    with pytest.raises(UserError, match="answer, stop"):
+        await engine.generate(PROMPTS[0], SamplingParams(adapter="other"))
+    with pytest.raises(UserError, match="adapter_config"):
+        engine.load_adapter("none", str(tmp_path))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=20), st.integers(20, 2000))
+def test_the_prefix_tree_returns_what_was_put_in_and_keeps_its_limit(sequences, limit):
+    """KV of a token is made to depend on all tokens before it, so any mix-up of edges shows."""
+
+    def kv(ids: list[int]) -> torch.Tensor:
+        values = [float(hash(tuple(ids[: i + 1])) % 1000003) for i in range(len(ids))]
+        return torch.tensor(values).view(1, 1, 1, -1, 1)
+
+    small, large = PrefixCache(limit), PrefixCache(1 << 20)
+    for ids in sequences:
+        for cache in (small, large):
+            cache.insert(ids, lambda start, end, ids=ids: kv(ids)[:, :, :, start:end].clone())
+            assert cache.bytes <= cache.limit_bytes
+            assert cache.bytes == sum(edge.kv.numel() * 4 for edge in cache._edges())
+    for ids in sequences:
+        assert large.match([*ids, 7]).length == len(ids)
+        for cache in (small, large):
+            match = cache.match([*ids, 7])
+            if match.pieces:
+                assert torch.equal(torch.cat(match.pieces, dim=3), kv(ids)[:, :, :, : match.length])
+
+
+def test_the_prefix_tree_forgets_the_least_recently_used_first():
+    cache = PrefixCache(100)
+    for first in range(3):
+        cache.insert([first] * 8, lambda start, end: torch.zeros(1, 1, 1, end - start, 1))
+    cache.match([0] * 8)
+    cache.insert([9] * 8, lambda start, end: torch.zeros(1, 1, 1, end - start, 1))
+    assert [cache.match([first] * 8).length for first in (0, 1, 2, 9)] == [8, 0, 0, 8]
+
+
+@given(st.lists(st.integers(0, 1), max_size=12), st.lists(st.integers(0, 1), max_size=12))
+def test_common_prefix_is_the_longest(a, b):
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert common_prefix(a, b) == expected
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+def test_attention_groups_cover_all_rows_with_little_padding(counts):
+    counts = [1] * (len(counts) // 3) + sorted(counts)
+    groups = _group(counts)
+    assert [row for group in groups for row in range(len(counts))[group]] == list(range(len(counts)))
+    for group in groups:
+        own = counts[group]
+        assert max(own) * len(own) <= 2 * sum(own)
+        assert min(own) > 1 or max(own) == 1
+
+
+def test_sampling_follows_the_tempered_distribution_and_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -30.0]])
+    count = 4000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.8)):
+        tokens, logprobs = sample_tokens(
+            logits.expand(count, -1), torch.full((count,), temperature), torch.full((count,), top_p), uniforms
+        )
+        probabilities = (logits[0] / temperature).softmax(-1)
+        if top_p < 1:
+            before = probabilities.cumsum(0) - probabilities
+            probabilities = probabilities * (before < top_p)
+            probabilities /= probabilities.sum()
+        frequencies = torch.bincount(tokens, minlength=5) / count
+        assert torch.allclose(frequencies, probabilities, atol=2e-3)
+        assert torch.allclose(logprobs, logits[0].log_softmax(-1)[tokens], atol=1e-6)
+
+
+def test_sampling_mixes_greedy_rows_and_never_draws_impossible_tokens():
+    logits = torch.tensor([[0.0, 3.0, -math.inf], [5.0, 0.0, -math.inf], [0.0, 0.0, -math.inf]])
+    tokens, _ = sample_tokens(
+        logits, torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.5, 1.0]), torch.tensor([0.99, 0.99, 1 - 2**-60])
+    )
+    assert tokens.tolist() == [1, 0, 1]
+
+
+def test_top_p_over_a_flat_vocabulary_larger_than_the_first_look():
+    logits = torch.zeros(500, 5000)
+    tokens, _ = sample_tokens(logits, torch.ones(500), torch.full((500,), 0.9), torch.arange(500) / 500)
+    assert len(set(tokens.tolist())) == 500
