@@ -1,0 +1,338 @@
+import json
+import time
+
+import pytest
+
+from rstar.config import ProblemsSection
+from rstar.problems import BENCHMARKS, ProblemSet, load_benchmark, load_problems, needs_image
+from rstar.problems.overlap import Overlap, numbers_key, skeleton_key, text_key
+from rstar.types import Problem, UserError
+
+FAMILIES = {
+    "sums": {
+        "family": "chain_sum",
+        "level": "1",
+        "count": 20,
+        "heldout": 8,
+        "settings": {"max_terms": 3, "max_digits": 2},
+    },
+    "products": {"family": "products", "level": "2", "count": 20, "heldout": 8, "settings": {"max_digits": 2}},
+    "words": {"family": "gsm_symbolic", "count": 10, "heldout": 4},
+}
+SMALL = {"sums": FAMILIES["sums"]}
+
+
+def generated(**changes) -> ProblemSet:
+    return load_problems(ProblemsSection(**{"families": FAMILIES, **changes}))
+
+
+def file_section(path, **changes) -> ProblemsSection:
+    return ProblemsSection(**{"name": "file", "path": str(path), "heldout": 0, **changes})
+
+
+def write(path, rows, **options):
+    path.write_text("".join(json.dumps(row, **options) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sums(count, start=0):
+    return [
+        {"question": f"What is {n} plus one, asked for the number {n}?", "answer": str(n + 1)}
+        for n in range(start, start + count)
+    ]
+
+
+def complaint(section) -> str:
+    with pytest.raises(UserError) as caught:
+        load_problems(section)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Generated families
+
+
+def test_generated_problems_are_the_same_for_one_seed_and_others_for_another():
+    assert generated() == generated()
+    assert {p.question for p in generated(seed=2).train}.isdisjoint(p.question for p in generated().heldout)
+
+
+def test_counts_levels_and_answers_are_as_asked():
+    problems = generated()
+    by_level = [(p.source, p.level) for p in problems.train]
+    assert by_level.count(("chain_sum", "1")) == by_level.count(("products", "2")) == 20
+    assert by_level.count(("gsm_symbolic", "words")) == 10
+    assert len(problems.heldout) == 20
+    assert all(eval(p.question.split(": ")[1].rstrip(" =")) == int(p.answer) for p in problems.train if p.level == "1")
+    assert len({p.id for p in (*problems.train, *problems.heldout)}) == 70
+
+
+def test_a_prefix_of_the_pool_holds_every_family():
+    assert {p.source for p in generated(limit=6).train} == {"chain_sum", "products", "gsm_symbolic"}
+
+
+def test_held_out_problems_share_no_text_and_no_numbers_with_the_pool():
+    tiny = {"family": "products", "count": 18, "heldout": 12, "settings": {"max_digits": 1}}
+    problems = generated(families={"a": tiny, "b": {**tiny, "settings": {"max_digits": 2}}})
+    numbers = {numbers_key(p.question) for p in problems.heldout}
+    assert not {text_key(p.question) for p in problems.train} & {text_key(p.question) for p in problems.heldout}
+    assert not any(numbers_key(p.question) in numbers for p in problems.train)
+    assert problems.dropped["same-numbers"] > 0
+
+
+def test_the_held_out_set_does_not_depend_on_the_size_of_the_pool():
+    more = {label: {**spec, "count": 3 * spec["count"]} for label, spec in FAMILIES.items()}
+    large, small = generated(families=more), generated()
+    assert large.heldout == small.heldout
+    assert {p.question for p in small.train} <= {p.question for p in large.train}
+
+
+def test_the_pool_repeats_no_problem_with_its_numbers():
+    problems = generated(
+        families={
+            "sums": {"family": "chain_sum", "count": 60, "heldout": 0, "settings": {"max_terms": 2, "max_digits": 1}}
+        }
+    )
+    assert len({skeleton_key(p.question) for p in problems.train}) == 60
+
+
+def test_a_family_that_is_too_small_says_so():
+    tiny = {"family": "products", "count": 500, "heldout": 0, "settings": {"max_digits": 1}}
+    assert "problems.families.tiny gave" in complaint(ProblemsSection(families={"tiny": tiny}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"family": "chain_sums"}, "chain_sum"),
+        ({"family": "chain_sum", "counts": 3}, "problems.families.x.count"),
+        ({"family": "chain_sum", "count": -1}, "0 or more"),
+        ({"family": "chain_sum", "settings": {"max_term": 3}}, "max_term"),
+        ({"family": "chain_sum", "settings": {"min_terms": 9, "max_terms": 2}}, "do not fit"),
+    ],
+)
+def test_a_wrong_family_entry_is_named(spec, said):
+    assert said in complaint(ProblemsSection(families={"x": spec}))
+
+
+def test_without_families_there_is_a_default_ladder_with_the_asked_held_out_size():
+    problems = load_problems(ProblemsSection(heldout=13))
+    assert len(problems.heldout) == 13
+    assert len({p.source for p in problems.train}) == 5
+
+
+def test_generating_takes_milliseconds_a_problem():
+    generated(families=SMALL)  # imports
+    start = time.perf_counter()
+    generated(families={"sums": {"family": "chain_sum", "count": 500, "heldout": 50}})
+    assert time.perf_counter() - start < 2.0
+
+
+def test_levels_keep_only_what_is_asked_for():
+    problems = generated(levels=["2"])
+    assert {p.level for p in problems.train} == {p.level for p in problems.heldout} == {"2"}
+    assert "levels of the pool: 1, 2, words" in complaint(ProblemsSection(families=FAMILIES, levels=["3"]))
+
+
+# Files
+
+
+def test_every_file_kind_reads_alike(tmp_path):
+    rows = [{"question": 'a, "b"\nand\u2028c?', "answer": "1"}, {"question": "d", "answer": "2"}]
+    write(tmp_path / "x.jsonl", rows, ensure_ascii=False)
+    (tmp_path / "x.json").write_text(json.dumps({"data": rows}))
+    (tmp_path / "x.csv").write_text(
+        'question,answer\r\n"a, ""b""\nand\u2028c?",1\r\nd,2\r\n', encoding="utf-8", newline=""
+    )
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    loaded = [load_problems(file_section(tmp_path / f"x.{kind}")).train for kind in ("jsonl", "json", "csv", "parquet")]
+    assert [(p.question, p.answer) for p in loaded[0]] == [(row["question"], row["answer"]) for row in rows]
+    assert all(other == loaded[0] for other in loaded)
+
+
+def test_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
+    body = '\ufeff{"question": "a", "answer": 1}\r\n\r\n{"question": "b", "answer": 2.5}\r\n'
+    (tmp_path / "x.jsonl").write_bytes(body.encode())
+    assert [(p.question, p.answer) for p in load_problems(file_section(tmp_path / "x.jsonl")).train] == [
+        ("a", "1"),
+        ("b", "2.5"),
+    ]
+
+
+def test_field_names_can_be_mapped_and_a_wrong_map_lists_the_fields(tmp_path):
+    write(tmp_path / "x.jsonl", [{"frage": "a", "antwort": "1"}])
+    assert load_problems(file_section(tmp_path / "x.jsonl", question="frage", answer="antwort")).train[0].answer == "1"
+    assert "frage, antwort" in complaint(file_section(tmp_path / "x.jsonl"))
+
+
+def test_gsm8k_and_boxed_answers_are_cut_to_the_final_answer(tmp_path):
+    solution = "48/2 = <<48/2=24>>24\n#### 1,024"
+    rows = [
+        {"question": "a", "answer": solution},
+        {"question": "b", "answer": "So $\\boxed{\\frac{1}{2}}$."},
+        {"question": "c", "answer": ["1", "2"]},
+    ]
+    train = load_problems(file_section(write(tmp_path / "x.jsonl", rows))).train
+    assert [p.answer for p in train] == ["1024", "\\frac{1}{2}", "1, 2"]
+    assert train[0].solution == solution
+
+
+def test_a_tab_that_was_a_latex_command_is_mended(tmp_path):
+    rows = [{"question": "a", "answer": "\tfrac32"}]  # written as "\tfrac32" instead of "\\tfrac32"
+    assert load_problems(file_section(write(tmp_path / "x.jsonl", rows))).train[0].answer == "\\tfrac32"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no records"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "b"}\n', "x.jsonl:2 has no answer"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "b", "answer": ""}\n', "x.jsonl:2 has no answer"),
+        (b'{"question": "a", "answer": null}\n', "x.jsonl:1 has no answer"),
+        (b'{"question": " ", "answer": "1"}\n', "x.jsonl:1 has no question"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "\xe9", "answer": "1"}\n', "x.jsonl:2 is not UTF-8"),
+        (b'{"question": "a", "answer": "1"}\n{"question": \n', "x.jsonl:2 is not JSON"),
+        (b"[1, 2]\n", "x.jsonl:1 is a list"),
+        (b"[" * 100_000, "x.jsonl:1"),
+        (b'{"question": "' + b"a" * 10_000_000 + b'", "answer": "1"}\n', "x.jsonl:1 is longer than 4 MiB"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, content, said):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    assert said in complaint(file_section(tmp_path / "x.jsonl"))
+
+
+def test_other_file_kinds_name_what_is_wrong(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"question,answer\na,1\n\xff,2\n")
+    assert "x.csv:3 is not UTF-8" in complaint(file_section(tmp_path / "x.csv"))
+    (tmp_path / "x.json").write_text('"a text"')
+    assert "holds no list" in complaint(file_section(tmp_path / "x.json"))
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
+    assert "not a readable parquet" in complaint(file_section(tmp_path / "x.parquet"))
+    (tmp_path / "x.txt").write_text("a")
+    assert "unknown kind" in complaint(file_section(tmp_path / "x.txt"))
+    assert "no file" in complaint(file_section(tmp_path / "missing.jsonl"))
+    assert "problems.path=FILE" in complaint(ProblemsSection(name="file"))
+
+
+def test_one_id_with_two_texts_is_an_error_and_with_one_text_a_duplicate(tmp_path):
+    same = [{"id": "7", "question": "a?", "answer": "1"}, {"id": "7", "question": " A? ", "answer": "1"}]
+    problems = load_problems(file_section(write(tmp_path / "x.jsonl", same)))
+    assert len(problems.train) == 1
+    assert problems.dropped == {"duplicate": 1}
+    other = [same[0], {"id": "7", "question": "b?", "answer": "1"}]
+    assert "'7'" in complaint(file_section(write(tmp_path / "y.jsonl", other)))
+
+
+def test_the_last_problems_are_held_out(tmp_path):
+    path = write(tmp_path / "x.jsonl", sums(10))
+    problems = load_problems(file_section(path, heldout=3, limit=5))
+    assert [p.answer for p in problems.heldout] == ["8", "9", "10"]
+    assert len(problems.train) == 5
+    assert problems.dropped["limit"] == 2
+    assert "held-out" in complaint(file_section(path, heldout=10))
+
+
+def test_a_held_out_file_replaces_the_split(tmp_path):
+    path, held = write(tmp_path / "x.jsonl", sums(5)), write(tmp_path / "h.jsonl", sums(4, 3))
+    problems = load_problems(file_section(path, heldout_path=str(held)))
+    assert [p.answer for p in problems.heldout] == ["4", "5", "6", "7"]
+    assert [p.answer for p in problems.train] == ["1", "2", "3"]
+    assert problems.dropped == {"contaminated": 2}
+    assert {name for _, name in problems.contaminated} == {"heldout"}
+
+
+def test_problems_that_overlap_with_a_named_set_are_removed_and_listed(tmp_path):
+    shared = "a train leaves the station at noon and travels north at forty miles per hour for"
+    pool = [{"question": f"{shared} two hours. How far?", "answer": "80"}, *sums(3)]
+    bench = [
+        {"question": f"Once {shared} nine hours; where is it?", "answer": "360"},
+        {"question": "WHAT is 0 plus one, asked for the number 0", "answer": "1"},
+    ]
+    problems = load_problems(
+        file_section(write(tmp_path / "x.jsonl", pool), decontaminate=[str(write(tmp_path / "b.jsonl", bench))])
+    )
+    assert [p.answer for p in problems.train] == ["2", "3"]
+    assert problems.dropped == {"contaminated": 2}
+    assert [ident for ident, _ in problems.contaminated] == ["x/0", "x/1"]
+    assert "math500" in complaint(file_section(tmp_path / "x.jsonl", decontaminate=["math50"]))
+
+
+def test_thirteen_shared_words_overlap_and_twelve_do_not():
+    words = [f"word{n}" for n in range(13)]
+    overlap = Overlap("b", [Problem("1", " ".join(words) + " end", "1")])
+    assert overlap.touches("start " + " ".join(words))
+    assert not overlap.touches("start " + " ".join(words[:12]) + " other")
+    assert not Overlap("b", [Problem("1", "x+1", "1")]).touches("x-1")
+
+
+def test_image_dependent_problems_are_counted_not_trained_on(tmp_path):
+    rows = [
+        *sums(1),
+        {"question": "Find x in ![figure](a.png).", "answer": "1"},
+        {"question": "As shown in the figure below, find y.", "answer": "1"},
+    ]
+    assert load_problems(file_section(write(tmp_path / "x.jsonl", rows))).dropped == {"image": 2}
+    assert not needs_image("The figure below [asy] draw((0,0)--(1,1)); [/asy] shows a line.")
+    assert not needs_image("Below is a list of figures in a museum. How many are shown?")
+
+
+# Benchmarks
+
+
+def test_the_paper_s_benchmarks_are_known():
+    assert {b.column for b in BENCHMARKS.values() if b.column} == {
+        "MATH",
+        "AIME24",
+        "AMC23",
+        "Olympiad",
+        "College",
+        "GSM8K",
+        "Gaokao",
+    }
+    assert all(b.size > 0 and (b.hub_id or name == "collegemath") for name, b in BENCHMARKS.items())
+
+
+def test_a_benchmark_reads_from_a_local_file_in_either_layout(tmp_path):
+    paper = write(tmp_path / "aime.jsonl", [{"index": 3, "question": "q", "answer": "033"}])
+    hub = write(tmp_path / "hub.jsonl", [{"problem": "q", "answer": 33, "solution": "s"}])
+    assert load_benchmark("aime24", path=str(paper))[0] == Problem("aime24/3", "q", "033", "aime24")
+    assert load_benchmark("aime24", path=str(hub))[0].answer == "33"
+    train = load_problems(ProblemsSection(name="aime24", path=str(paper), heldout=0)).train
+    assert train[0].source == "aime24"
+
+
+def test_an_unknown_name_gets_the_nearest_one():
+    assert "the nearest name is gsm8k" in complaint(ProblemsSection(name="gsm-8k"))
+    with pytest.raises(UserError, match="math500"):
+        load_benchmark("math-500")
+
+
+def test_a_benchmark_without_network_names_the_local_way(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    said = complaint(ProblemsSection(name="gsm8k"))
+    assert "problems.path=FILE" in said
+    assert "no route" in said
+    assert "problems.path=FILE" in complaint(ProblemsSection(name="collegemath"))
+
+
+def test_a_benchmark_reads_the_hub_s_records(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def served(hub_id, config, split):
+        asked.append((hub_id, config, split))
+        return [{"problem": f"{config}?", "solution": "so \\boxed{3}", "level": "Level 5"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", served)
+    problems = load_benchmark("math")
+    assert len(problems) == len(asked) == 7
+    assert (problems[0].answer, problems[0].level, problems[0].solution) == ("3", "5", "so \\boxed{3}")
+    assert len({p.id for p in problems}) == 7
