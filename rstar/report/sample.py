@@ -1,0 +1,213 @@
+"""Which trees a report shows, and their compact form for the viewer."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from rstar.report.show import best_path, common_answer, problem_of, shown_text
+from rstar.rounds import RoundDir
+from rstar.store import FrameRef, index, read_frame
+from rstar.tree import Node, Tree
+from rstar.types import JsonValue, UserError
+
+LOOKED_AT = 300  # problems per round that are read to choose from
+MAX_TEXT = 4_000  # characters of a step's text, output or error
+MAX_BYTES = 24 << 20  # of all trees in a page
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one look at a tree found."""
+
+    ref: FrameRef
+    solved: bool
+    mixed: bool  # right and wrong answers: what a reader learns most from
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A tree chosen for the page."""
+
+    round: int
+    newly_solved: bool  # no earlier round's tree of this problem was solved
+    ref: FrameRef
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The trees of a page, packed, and what could not be shown."""
+
+    entries: tuple[Mapping[str, JsonValue], ...]  # one per tree, for the list
+    trees: tuple[bytes, ...]  # JSON, in the same order
+    problems: tuple[str, ...]  # what went wrong with reading, in words
+    left_out: int  # chosen trees that the page has no room for
+
+
+def sample_trees(run: Path, numbers: Sequence[int], *, per_round: int, max_bytes: int = MAX_BYTES) -> Sample:
+    """Choose about `per_round` trees of each round, a third newly solved, a third unsolved, and pack them.
+
+    The choice depends on the ids alone, and prefers problems that another round shows, so that one problem can be
+    followed from round to round. Damaged shards are named in `problems`, not raised: a report must not stop a run.
+    """
+    chosen: list[list[Shown]] = []
+    trouble: list[str] = []
+    solved_before: set[str] = set()
+    picked: set[str] = set()
+    for number in numbers:
+        try:
+            seen = _look(RoundDir(run, number).trees)
+        except UserError as error:
+            trouble.append(f"round {number}: {error}")
+            continue
+        solved = {problem for problem, trees in seen.items() if any(tree.solved for tree in trees)}
+        newly = solved - solved_before if chosen else set()
+        shown = _choose(seen, solved, newly, per_round, picked)
+        picked.update(shown)
+        chosen.append([Shown(number, problem in newly, _telling(seen[problem])) for problem in shown])
+        solved_before |= solved
+    entries: list[Mapping[str, JsonValue]] = []
+    trees: list[bytes] = []
+    size = left_out = 0
+    pairs = {shown[0].round: _pairs(run, shown[0].round, [one.ref.tree_id for one in shown]) for shown in chosen if shown}
+    for one in _in_turns(chosen):
+        if size > max_bytes:
+            left_out += 1
+            continue
+        tree = read_frame(one.ref)
+        packed = pack(tree, pairs[one.round][tree.tree_id])
+        size += len(packed)
+        trees.append(packed)
+        entries.append(_entry(one, tree))
+    order = sorted(range(len(entries)), key=lambda i: (str(entries[i]["problem"]), entries[i]["round"]))
+    return Sample(tuple(entries[i] for i in order), tuple(trees[i] for i in order), tuple(trouble), left_out)
+
+
+def _look(folder: Path) -> dict[str, list[_Seen]]:
+    """At most LOOKED_AT problems of a round, the same ones in every round of a pool."""
+    by_problem: dict[str, list[FrameRef]] = {}
+    for tree_id, ref in index(folder).items():
+        by_problem.setdefault(problem_of(tree_id), []).append(ref)
+    return {problem: [_see(ref) for ref in by_problem[problem]] for problem in sorted(by_problem, key=_shuffled)[:LOOKED_AT]}
+
+
+def _see(ref: FrameRef) -> _Seen:
+    tree = read_frame(ref)
+    rewards = {leaf.reward for leaf in tree.answers()}
+    return _Seen(ref, tree.solved, {1.0, -1.0} <= rewards, len(tree.nodes))
+
+
+def _shuffled(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+
+
+def _choose(
+    seen: Mapping[str, Sequence[_Seen]], solved: set[str], newly: set[str], n: int, picked: set[str]
+) -> list[str]:
+    def liked(problem: str) -> tuple[bool, bool, bytes]:
+        return problem not in picked, not any(tree.mixed for tree in seen[problem]), _shuffled(problem)
+
+    third = max(1, n // 3)
+    groups: list[Iterable[str]] = [
+        sorted(newly, key=liked)[:third],
+        sorted(set(seen) - solved, key=liked)[:third],
+        sorted(solved, key=liked),
+        sorted(seen, key=liked),
+    ]
+    return list(dict.fromkeys(problem for group in groups for problem in group))[:n]
+
+
+def _telling(trees: Sequence[_Seen]) -> FrameRef:
+    """The one tree of a problem that is shown: solved, with both outcomes, first seed."""
+    return max(trees, key=lambda tree: (tree.solved, tree.mixed)).ref
+
+
+def _in_turns(rounds: Sequence[Sequence[Shown]]) -> list[Shown]:
+    """One of each round, then the next of each: what the size limit cuts is cut from all rounds."""
+    longest = max((len(one) for one in rounds), default=0)
+    return [one[i] for i in range(longest) for one in rounds if i < len(one)]
+
+
+def _pairs(run: Path, number: int, tree_ids: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+    """Tree id -> (chosen, rejected) node ids of its preference pairs, read from the round's pairs.jsonl."""
+    found: dict[str, list[tuple[int, int]]] = {tree_id: [] for tree_id in tree_ids}
+    path = RoundDir(run, number).pairs
+    if not path.exists() or not tree_ids:
+        return found
+    wanted = re.compile(b"|".join(re.escape(orjson.dumps(tree_id)) for tree_id in tree_ids))
+    with path.open("rb") as file:
+        for line in file:
+            if wanted.search(line):  # a cheap look before the line is parsed
+                row = orjson.loads(line)
+                if row["tree_id"] in found:
+                    found[row["tree_id"]].append((row["node_ids"][0], row["node_ids"][1]))
+    return found
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def _entry(one: Shown, tree: Tree) -> dict[str, JsonValue]:
+    return {
+        "id": tree.tree_id,
+        "problem": tree.problem.id,
+        "round": one.round,
+        "level": tree.problem.level,
+        "solved": tree.solved,
+        "new": one.newly_solved,
+        "complete": tree.complete,
+        "nodes": len(tree.nodes) - 1,
+    }
+
+
+def pack(tree: Tree, pairs: Sequence[tuple[int, int]] = ()) -> bytes:
+    """JSON of a tree for the viewer: short keys, no defaults, long texts cut."""
+    common = common_answer(tree)
+    return orjson.dumps(
+        {
+            "question": tree.problem.question,
+            "answer": tree.problem.answer,
+            "common": common and [common[0], common[1], sum(leaf.multiplicity for leaf in tree.answers())],
+            "rollouts": tree.rollouts_done,
+            "tokens": tree.tokens,
+            "seconds": round(tree.seconds, 1),
+            "seed": tree.seed,
+            "searcher": tree.searcher,
+            "best": best_path(tree),
+            "pairs": pairs,
+            "nodes": [_packed(node) for node in tree.nodes],
+        },
+        option=orjson.OPT_NON_STR_KEYS,
+    )
+
+
+def _packed(node: Node) -> dict[str, Any]:
+    body = shown_text(node)
+    row = {
+        "p": node.parent,
+        "t": _cut(body),
+        "c": node.code is not None or None,  # the text is code
+        "o": _cut(node.stdout),
+        "e": _cut(node.error),
+        "n": node.visit_count,
+        "q": round(node.q_value, 4) if node.visit_count else None,
+        "v": None if node.ppm_value is None else round(node.ppm_value, 4),
+        "x": node.terminal.value if node.terminal else None,
+        "a": _cut(node.answer or ""),
+        "r": node.reward,
+        "m": node.multiplicity if node.multiplicity > 1 else None,
+        "k": node.tokens or None,
+        "w": node.role,
+    }
+    return {key: value for key, value in row.items() if value not in (None, "")}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}\n... ({len(text) - MAX_TEXT:,} more characters)"
