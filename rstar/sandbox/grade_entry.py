@@ -36,4 +36,17 @@ def _expression(text: str) -> Basic | MatrixBase | None:
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
-grade('["\\\\frac{\\\\sin 30}{2}", "\\\\log_2 8"]')  # builds the parser's tables before the zygote locks itself in
+_WARM_UP = (  # loads what these import lazily and fills the parser's and sympy's tables, once instead of in every fork
+    ("\\frac{\\sin 30}{2}", "\\log_2 8"),
+    ("\\sin 4x", "\\cos 3x"),
+    ("\\cos\\frac{\\pi}{6}", "\\frac{1}{2}"),
+    ("2-\\sqrt{x-2}", "-\\sqrt{x-3}+2"),
+    ("2 \\cdot 2^x", "2^{x+1}"),
+    ("\\sqrt[3]{17}", "2\\sqrt[3]{2}"),
+    ("x + y > 3", "(0, \\infty)"),
+    ("(\\sin 1, 2)", "(2, \\ln 3)"),
+    ("x^2 + y = 3", "y = \\tan x"),
+    ("\\{1, \\sin 2\\}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+)
+for pair in _WARM_UP:
+    grade(json.dumps(pair))
