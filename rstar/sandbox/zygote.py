@@ -29,7 +29,6 @@ PIPE_CHUNK = 1 << 16
 REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
 BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
-PER_THREAD = 4  # CPUCLOCK_PERTHREAD, linux/posix-timers.h
 WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
 FREE_FDS = (38, 39)  # below the library folders; the zygote itself never has this many descriptors
 FIRST_LIBRARY_FD = 40
@@ -175,7 +174,7 @@ class Server:
         os.close(report_write)
         now = time.monotonic()
         fork = Fork(
-            request.id, pid, _cpu_clock(pid, self.filter is not None), output_read, report_read, now,
+            request.id, pid, _cpu_clock(pid), output_read, report_read, now,
             request.cpu_seconds, request.wall_seconds, request.output_bytes, allowance,
             next_check=now + min(request.cpu_seconds, request.wall_seconds), wall_end=now + request.wall_seconds,
             sampled=(now, 0.0),
@@ -316,21 +315,19 @@ def _reply(fork: Fork, status: int, cpu: float) -> Reply:
     )
 
 
-def _cpu_clock(pid: int, single_thread: bool) -> int:
-    """The clock of another process's CPU time.
-
-    Its one thread's clock where threads are denied: that is exact, while the process clock moves in ticks under RLIMIT_CPU.
-    """
+def _cpu_clock(pid: int) -> int:
+    """The clock of another process's CPU time. Under RLIMIT_CPU it moves in scheduler ticks, 1 to 10 ms."""
     clock = ctypes.c_int()
-    if locks.libc.clock_getcpuclockid(ctypes.c_int(pid), ctypes.byref(clock)) != 0:
-        return -1
-    return clock.value | PER_THREAD if single_thread else clock.value
+    code = locks.libc.clock_getcpuclockid(ctypes.c_int(pid), ctypes.byref(clock))
+    if code != 0:
+        raise OSError(code, "clock_getcpuclockid")
+    return clock.value
 
 
 def _cpu_time(clock: int) -> float:
     try:
         return time.clock_gettime(clock)
-    except OSError:  # already a zombie: about to be reaped
+    except OSError:  # EINVAL: it has just died and is about to be reaped
         return 0.0
 
 

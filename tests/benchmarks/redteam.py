@@ -250,7 +250,9 @@ class Arena:
             wrong.append("its error is more than one line")
         shown = execution.stdout + execution.error
         wrong += [f"printed {text!r}" for text in program.forbid if not text.startswith("file:") and text in shown]
-        wrong += [f"left {text[5:]}" for text in program.forbid if text.startswith("file:") and os.path.exists(text[5:])]
+        wrong += [
+            f"left {text[5:]}" for text in program.forbid if text.startswith("file:") and os.path.exists(text[5:])
+        ]
         if "differs-between-two-runs" in program.forbid and (await self._run(code)).stdout != execution.stdout:
             wrong.append("differs-between-two-runs")
         if beside.stdout != self._expected:
@@ -329,7 +331,9 @@ async def control(host: Host) -> int:
                 _, execution = await session.run(session.root, code)
                 escaped = "ESCAPED" in execution.stdout
                 wrong += not escaped
-                print(f"{program.name}: {'escaped' if escaped else f'did not escape: {execution.status.value} {execution.error}'}")
+                print(
+                    f"{program.name}: {'escaped' if escaped else f'did not escape: {execution.status.value} {execution.error}'}"
+                )
                 around.damage()
     finally:
         around.close()
@@ -383,7 +387,9 @@ def main() -> int:
     if not arguments.control and arguments.file is None:
         parser.error("a FILE, or --control")
     if SECRETS.items() - os.environ.items():  # only a process started with them shows them in /proc/PID/environ
-        os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks.redteam", *sys.argv[1:]], {**os.environ, **SECRETS})
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.benchmarks.redteam", *sys.argv[1:]], {**os.environ, **SECRETS}
+        )
     programs = load(arguments.file) if arguments.file else []
     leave_root()
     host = host_of(arguments.level)
