@@ -276,6 +276,21 @@ async def test_a_changed_ppm_in_the_running_engine_equals_transformers(
     assert await scorer.score(PROMPT, [("x = 1\n",)]) == [pytest.approx(squash(raw, SCALE), abs=1e-4)]
 
 
+async def test_policy_and_scorer_at_work_together_give_what_each_gives_alone(
+    policy: VllmPolicy, scorer: VllmScorer
+) -> None:
+    """Their kernels share scratch memory: stepped at the same time they corrupt the heap or each other's results."""
+    steps = [("x = 1\n" * i,) for i in range(1, 16)]
+    sample, scores = await greedy(policy, 40), await scorer.score(PROMPT, steps)
+    for round_ in range(10):
+        other = PromptText((f"a = {round_}\n",))  # not cached: real work for both
+        *samples, together, _ = await asyncio.gather(
+            *(greedy(policy, 40) for _ in range(4)), scorer.score(PROMPT, steps), scorer.score(other, steps)
+        )
+        assert together == pytest.approx(scores, abs=1e-4)
+        assert [s.logprob for s in samples] == pytest.approx([sample.logprob] * 4, abs=1e-3)
+
+
 async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(checkpoints: dict[str, Path]) -> None:
     threads = torch.get_num_threads()
     engine = VllmPolicy(checkpoints["untied_policy"], SECTION)

@@ -44,9 +44,29 @@ from rstar.engines.base import EngineError
 
 T = TypeVar("T")
 
+
+class _Turns:
+    """A lock that is granted in the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._last, self._now = 0, 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            ticket, self._last = self._last, self._last + 1
+            self._changed.wait_for(lambda: self._now == ticket)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._now += 1
+            self._changed.notify_all()
+
+
 _CPU_BLOCK = 32  # tokens of a cached block; CPU attention takes multiples of 32, its default of 128 hides short trunks
 _set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a function that does nothing
 _open_in_process: set[int] = set()
+_turns = _Turns()  # vLLM's CPU kernels share scratch memory within a process: two engines at once corrupt the heap
 
 
 def start(args: dict[str, Any], section: EngineSection) -> Engine:
@@ -205,7 +225,8 @@ class _ThreadEngine:
         try:
             if threads:
                 _set_num_threads(threads)  # OpenMP's count belongs to the calling thread
-            engine = LLMEngine.from_engine_args(EngineArgs(**args))
+            with _turns:
+                engine = LLMEngine.from_engine_args(EngineArgs(**args))
         except BaseException as error:  # whatever it was, the constructor that waits for it must raise it
             started.set_exception(error)
             return
@@ -217,7 +238,9 @@ class _ThreadEngine:
         try:
             while self._take(engine):
                 if engine.has_unfinished_requests():
-                    for output in engine.step():
+                    with _turns:
+                        outputs = engine.step()
+                    for output in outputs:
                         future = self._waiting.pop(output.request_id, None)
                         if future is not None:
                             future.set_result(output)
@@ -228,12 +251,13 @@ class _ThreadEngine:
         for future in self._left_over():
             if not future.done():
                 future.set_exception(EngineError(ended))
-        engine.engine_core.shutdown()
-        del engine
-        _open_in_process.discard(id(self))
-        if not _open_in_process:
-            cleanup_dist_env_and_memory()  # frees the process group: a trainer of this process starts its own
-        gc.collect()
+        with _turns:
+            engine.engine_core.shutdown()
+            del engine
+            _open_in_process.discard(id(self))
+            if not _open_in_process:
+                cleanup_dist_env_and_memory()  # frees the process group: a trainer of this process starts its own
+            gc.collect()
 
     def _take(self, engine: LLMEngine) -> bool:
         """Run what is in the inbox; wait for the first only where there is nothing to step. False: asked to stop."""
@@ -248,7 +272,8 @@ class _ThreadEngine:
             wait = False
             work, future = item
             try:
-                work(engine)
+                with _turns:
+                    work(engine)
             except Exception as error:  # a refused request is its caller's, not the engine's end
                 if not future.done():
                     future.set_exception(error)
