@@ -88,7 +88,7 @@ def line_chart(
             f'<line class="lead {kind}" x1="{at_x(tail.x) + shift + 5:.1f}" y1="{at_y(tail.y):.1f}" '
             f'x2="{WIDTH - RIGHT + 8}" y2="{end:.1f}"/>'
         )
-        parts.append(_text(WIDTH - RIGHT + 11, end + 4, _short(one.name, 15), "start", f"label {kind}"))
+        parts.append(_text(WIDTH - RIGHT + 11, end + 4, _short(one.name, 13), "start", f"label {kind}"))
     unit = "%" if percent else ""
     says = "; ".join(f"{one.name}: " + ", ".join(f"{p.y:.3g}{unit}" for p in one.points[-12:]) for one in shown)
     return _figure(title, f"{title}. {says}", WIDTH, HEIGHT, parts)
@@ -101,7 +101,9 @@ def _line(
     parts = [f'<polyline class="line {kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>']
     for x, y, p in places if one.marks else []:
         if p.low is not None and p.high is not None:
-            parts.append(f'<line class="line {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(p.low):.1f}" y2="{at_y(p.high):.1f}"/>')
+            parts.append(
+                f'<line class="line {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{at_y(p.low):.1f}" y2="{at_y(p.high):.1f}"/>'
+            )
         between = f" [{p.low:.1f}, {p.high:.1f}]" if p.low is not None and p.high is not None else ""
         parts.append(f"<g>{_mark(k, x, y, kind)}<title>{escape(one.name)}: {p.y:.1f}{between}</title></g>")
     return "".join(parts)
@@ -145,9 +147,13 @@ def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
     return found
 
 
-def bar_chart(title: str, rows: Sequence[tuple[str, Mapping[str, float]]], *, unit: str, whole: bool = False) -> str:
-    """Stacked horizontal bars with a legend; `whole` stretches every bar to 100%. Empty text without a value."""
-    kinds = list(dict.fromkeys(kind for _, parts in rows for kind in parts))
+def bar_chart(
+    title: str, rows: Sequence[tuple[str, Mapping[str, float]]], *, kinds: Sequence[str], unit: str, whole: bool = False
+) -> str:
+    """Stacked horizontal bars with a legend, parts in the order of `kinds`; `whole` stretches every bar to 100%.
+
+    Empty text without a value.
+    """
     rows = [(label, parts) for label, parts in rows if sum(parts.values()) > 0]
     if not rows:
         return ""
@@ -159,19 +165,19 @@ def bar_chart(title: str, rows: Sequence[tuple[str, Mapping[str, float]]], *, un
         total = sum(values.values())
         x = float(BAR_LEFT)
         parts.append(_text(BAR_LEFT - 8, y + BAR_HEIGHT / 2 + 4, _short(label, 13), "end"))
-        for kind in kinds:
+        for k, kind in enumerate(kinds):
             wide = room * values.get(kind, 0.0) / (total if whole else longest)
             if wide > 0:
                 says = f"{label}, {kind}: {_number(values[kind])} {unit} ({values[kind] / total:.0%})"
                 parts.append(
-                    f'<rect class="bar c{kinds.index(kind) % COLOURS}" x="{x:.1f}" y="{y}" width="{wide:.1f}" '
+                    f'<rect class="bar c{k % COLOURS}" x="{x:.1f}" y="{y}" width="{wide:.1f}" '
                     f'height="{BAR_HEIGHT}"><title>{escape(says)}</title></rect>'
                 )
             x += wide
         parts.append(_text(x + 6, y + BAR_HEIGHT / 2 + 4, _number(total), "start"))
     legend = "".join(
-        f'<li><svg viewBox="0 0 10 10" aria-hidden="true"><rect class="bar c{i % COLOURS}" width="10" height="10"/></svg>'
-        f"{escape(kind)}</li>"
+        '<li><svg viewBox="0 0 10 10" aria-hidden="true">'
+        f'<rect class="bar c{i % COLOURS}" width="10" height="10"/></svg>{escape(kind)}</li>'
         for i, kind in enumerate(kinds)
     )
     says = "; ".join(f"{label}: " + ", ".join(f"{k} {_number(v)}" for k, v in values.items()) for label, values in rows)

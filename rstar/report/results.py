@@ -123,7 +123,9 @@ def round_numbers(run: Path) -> list[int]:
     )
     if not found:
         raise UserError(
-            f"{run} holds no rounds", need="the folder of a run", how="give run.dir of a run, for example runs/quickstart"
+            f"{run} holds no rounds",
+            need="the folder of a run",
+            how="give run.dir of a run, for example runs/quickstart",
         )
     return found
 
@@ -145,7 +147,12 @@ def results(run: Path) -> Results:
 
 
 def _ordered(records: Mapping[str, StageRecord]) -> list[tuple[str, StageRecord]]:
-    return sorted(records.items(), key=lambda item: (STAGES.index(item[0]) if item[0] in STAGES else len(STAGES), item[0]))
+    return sorted(records.items(), key=lambda item: in_order(item[0]))
+
+
+def in_order(stage: str) -> tuple[int, str]:
+    """Sorts stages as they run, unknown ones last."""
+    return (STAGES.index(stage) if stage in STAGES else len(STAGES), stage)
 
 
 def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> RoundResult:
@@ -166,7 +173,9 @@ def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> Round
         rollouts=search.get("rollouts"),
         outcomes=search.get("outcomes", {}),
         measures={m: {name: Measure(**v) for name, v in one["measures"].items()} for m, one in evaluated.items()},
-        heldout_levels={m: _levels(one.get("records", [])) for m, one in evaluated.items() if "accuracy" in one["measures"]},
+        heldout_levels={
+            m: _levels(one.get("records", [])) for m, one in evaluated.items() if "accuracy" in one["measures"]
+        },
         tokens=tokens,
         seconds={name: record.seconds for name, record in _ordered(records)},
         sft_rows=extract.get("sft_rows"),
@@ -184,7 +193,9 @@ def _levels(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     counts: dict[str, list[int]] = {}
     for record in records:
         best = max(
-            record["candidates"], key=lambda c: c["score"] if c["score"] is not None else -2.0, default={"correct": False}
+            record["candidates"],
+            key=lambda c: c["score"] if c["score"] is not None else -2.0,
+            default={"correct": False},
         )
         one = counts.setdefault(record["level"] or NONE, [0, 0])
         one[0] += bool(best["correct"])
@@ -211,13 +222,24 @@ def _pair_figures(counts: Mapping[str, Any] | None) -> PairFigures | None:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text: heads of columns, a group above each head (may be empty), rows of equal length."""
+    """A table as text: heads of columns, a group above each head, rows of equal length. Title and groups may be ""."""
 
     title: str
     groups: tuple[str, ...]
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def spans(self) -> list[tuple[str, int]]:
+        """(group, columns it stands above); columns without a group stand alone."""
+        found: list[tuple[str, int]] = []
+        for group in self.groups:
+            if group and found and found[-1][0] == group:
+                found[-1] = (group, found[-1][1] + 1)
+            else:
+                found.append((group, 1))
+        return found
 
 
 def main_table(results: Results) -> Table:
@@ -238,13 +260,13 @@ def main_table(results: Results) -> Table:
     pool = next((one.solved["all"][1] for one in results.rounds if "all" in one.solved), None)
     heldout = sorted({m.n for one in results.rounds for m in (one.greedy, one.guided) if m})
     notes = [
-        f"solved: % of the {'' if pool is None else f'{pool:,} '}training problems for which the round's search found a "
-        "correct answer, with the models of the round before",
+        f"solved: % of the {'' if pool is None else f'{pool:,} '}training problems for which the round's search found "
+        "a correct answer, with the models of the round before",
         f"held-out: % of {' or '.join(f'{n:,}' for n in heldout) or 'the held-out'} problems with this round's models, "
         "[95% bootstrap interval]",
     ]
     return Table(
-        "results",
+        "",
         ("", *["solved, %"] * len(levels), *["held-out accuracy, %"] * 2, "", "", ""),
         ("round", *levels, "greedy", "PPM-guided", "trees", "tokens", "min"),
         tuple(rows),
@@ -269,14 +291,25 @@ def training_table(results: Results) -> Table:
 
     rows = [figures(one) for one in results.rounds if one.sft_rows is not None or one.policy]
     heldout = all(one.pairs_heldout for one in results.rounds if one.pairs_after)
-    notes = ("loss: first step > mean of the last epoch", *(() if heldout else ("pair accuracy on the training pairs",)))
+    notes = (
+        "loss: first step > mean of the last epoch",
+        *(() if heldout else ("pair accuracy on the training pairs",)),
+    )
     return Table(
-        "training",
-        ("", "policy", "policy", "PPM", "PPM", "held-out pairs" if heldout else "pairs", "held-out pairs" if heldout else "pairs"),
+        "",
+        (
+            "",
+            "policy",
+            "policy",
+            "PPM",
+            "PPM",
+            "held-out pairs" if heldout else "pairs",
+            "held-out pairs" if heldout else "pairs",
+        ),
         ("round", "SFT rows", "loss", "pairs", "loss", "right, %", "number"),
         tuple(rows),
         notes,
-    )  # fmt: skip
+    )
 
 
 def results_table(results: Results) -> str:
@@ -292,22 +325,17 @@ def results_markdown(results: Results) -> str:
 
 def _plain(table: Table) -> str:
     widths = [max(len(row[i]) for row in (table.heads, *table.rows)) for i in range(len(table.heads))]
-    spans: list[tuple[str, int]] = []  # (group, columns)
-    for group in table.groups:
-        if spans and spans[-1][0] == group and group:
-            spans[-1] = (group, spans[-1][1] + 1)
-        else:
-            spans.append((group, 1))
     column = 0
     over: list[str] = []
-    for group, columns in spans:  # a group's name may be wider than its columns together: the last one grows
+    for group, columns in table.spans:  # a group's name may be wider than its columns together: the last one grows
         last = column + columns - 1
         widths[last] += max(0, len(group) - sum(widths[column : last + 1]) - 2 * (columns - 1))
         over.append(group.center(sum(widths[column : last + 1]) + 2 * (columns - 1), "-" if group else " "))
         column += columns
     align: list[Callable[[str, int], str]] = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     lines = [
-        "  ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) for row in (table.heads, *table.rows)
+        "  ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True))
+        for row in (table.heads, *table.rows)
     ]
     rule = "  ".join("-" * w for w in widths)
     body = ["  ".join(over), lines[0], rule, *lines[1:]]
@@ -337,5 +365,10 @@ def count(number: int | None) -> str:
     """A count, short from a million on."""
     if number is None:
         return NONE
-    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.2f}M" if number < 1_000_000_000 else f"{number / 1e9:.2f}G"
-
+    return (
+        f"{number:,}"
+        if number < 1_000_000
+        else f"{number / 1e6:.2f}M"
+        if number < 1_000_000_000
+        else f"{number / 1e9:.2f}G"
+    )

@@ -76,7 +76,9 @@ def sample_trees(run: Path, numbers: Sequence[int], *, per_round: int, max_bytes
     entries: list[Mapping[str, JsonValue]] = []
     trees: list[bytes] = []
     size = left_out = 0
-    pairs = {shown[0].round: _pairs(run, shown[0].round, [one.ref.tree_id for one in shown]) for shown in chosen if shown}
+    pairs = {
+        shown[0].round: _pairs(run, shown[0].round, [one.ref.tree_id for one in shown]) for shown in chosen if shown
+    }
     for one in _in_turns(chosen):
         if size > max_bytes:
             left_out += 1
@@ -95,7 +97,9 @@ def _look(folder: Path) -> dict[str, list[_Seen]]:
     by_problem: dict[str, list[FrameRef]] = {}
     for tree_id, ref in index(folder).items():
         by_problem.setdefault(problem_of(tree_id), []).append(ref)
-    return {problem: [_see(ref) for ref in by_problem[problem]] for problem in sorted(by_problem, key=_shuffled)[:LOOKED_AT]}
+    return {
+        problem: [_see(ref) for ref in by_problem[problem]] for problem in sorted(by_problem, key=_shuffled)[:LOOKED_AT]
+    }
 
 
 def _see(ref: FrameRef) -> _Seen:

@@ -34,7 +34,9 @@ def problem_of(tree_id: str) -> str:
 
 def problem_ids(run: Path) -> list[str]:
     """Ids of all problems that have a tree in the run, sorted. Raises UserError where the path is no run."""
-    return sorted({problem_of(tree_id) for number in round_numbers(run) for tree_id in index(RoundDir(run, number).trees)})
+    return sorted(
+        {problem_of(tree_id) for number in round_numbers(run) for tree_id in index(RoundDir(run, number).trees)}
+    )
 
 
 def find_trees(run: Path, problem_id: str, round: int | None = None) -> list[Tree]:
@@ -55,7 +57,9 @@ def find_trees(run: Path, problem_id: str, round: int | None = None) -> list[Tre
     if not known:
         raise UserError(f"{where} holds no trees", need="a round whose search has begun")
     raise UserError(
-        f"{where} has no tree of problem {problem_id!r}", need="a problem's id", how=f"near ones: {', '.join(near(problem_id, known))}"
+        f"{where} has no tree of problem {problem_id!r}",
+        need="a problem's id",
+        how=f"near ones: {', '.join(near(problem_id, known))}",
     )
 
 
@@ -80,7 +84,11 @@ def best_path(tree: Tree) -> list[int]:
     def rank(leaf: Node) -> tuple[bool, float, float]:
         path = tree.path(leaf)
         mean_q = sum(node.q_value for node in path) / len(path)
-        return leaf.reward == 1.0, mean_q if leaf.reward is not None or leaf.ppm_value is None else leaf.ppm_value, mean_q
+        return (
+            leaf.reward == 1.0,
+            mean_q if leaf.reward is not None or leaf.ppm_value is None else leaf.ppm_value,
+            mean_q,
+        )
 
     leaf = max(tree.answers(), key=rank, default=None)
     if leaf is None:
@@ -91,7 +99,7 @@ def best_path(tree: Tree) -> list[int]:
 
 
 def common_answer(tree: Tree) -> tuple[str, int] | None:
-    """The answer that most samples gave, and how many; None without an answer. Answers are the same when their text is."""
+    """The answer that most samples gave, and how many; None without one. Answers are the same when their text is."""
     votes: Counter[str] = Counter()
     for leaf in tree.answers():
         votes[leaf.answer or ""] += leaf.multiplicity
@@ -150,7 +158,11 @@ def _head(view: _View) -> list[str]:
     lines += _wrapped(" | ".join(m for m in models if m), view.width)
     lines += ["", *_block(problem.question, view.width), ""]
     answer = common_answer(tree)
-    given = f"; most given: {clean(answer[0])} ({answer[1]} of {sum(n.multiplicity for n in tree.answers())})" if answer else ""
+    given = (
+        f"; most given: {clean(answer[0])} ({answer[1]} of {sum(n.multiplicity for n in tree.answers())})"
+        if answer
+        else ""
+    )
     return [*lines, *_wrapped(f"reference answer: {clean(problem.answer)}{given}", view.width)]
 
 
@@ -162,7 +174,9 @@ def _node_lines(view: _View) -> Iterator[str]:
     while waiting:
         node, rail, last, depth = waiting.pop()
         best = node.id in view.best
-        yield from _wrapped(f"{rail}{'└' if last else '├'}─{BEST if best else '─'} #{node.id}  {_figures(node)}", view.width)
+        yield from _wrapped(
+            f"{rail}{'└' if last else '├'}─{BEST if best else '─'} #{node.id}  {_figures(node)}", view.width
+        )
         inner = rail + ("  " if last else "│ ")
         folded = bool(node.children) and not best and 0 < view.depth <= depth
         yield from _body(node, inner + ("│ " if node.children and not folded else "  "), view.width)
@@ -173,7 +187,7 @@ def _node_lines(view: _View) -> Iterator[str]:
 
 
 def _waiting(tree: Tree, node: Node, rail: str, depth: int) -> list[tuple[Node, str, bool, int]]:
-    """The children of `node`, last first, for a stack: (child, what is drawn before it, whether it is the last, depth)."""
+    """The children of `node`, last first, for a stack: (child, what is drawn before it, whether it is last, depth)."""
     children = _ordered(tree, node)
     return [(child, rail, child is children[-1], depth) for child in reversed(children)]
 
@@ -236,5 +250,6 @@ def _wrapped(line: str, width: int) -> list[str]:
 def clean(text: str) -> str:
     """`text` with control characters made visible: a model's text must not steer the reader's terminal."""
     return "".join(
-        c if c == "\n" or unicodedata.category(c)[0] != "C" else "    " if c == "\t" else f"\\x{ord(c):02x}" for c in text
+        c if c == "\n" or unicodedata.category(c)[0] != "C" else "    " if c == "\t" else f"\\x{ord(c):02x}"
+        for c in text
     )
