@@ -177,13 +177,18 @@ def _node_lines(view: _View) -> Iterator[str]:
         yield from _wrapped(
             f"{rail}{'└' if last else '├'}─{BEST if best else '─'} #{node.id}  {_figures(node)}", view.width
         )
-        inner = rail + ("  " if last else "│ ")
+        inner = _short(rail + ("  " if last else "│ "), view.width // 2)
         folded = bool(node.children) and not best and 0 < view.depth <= depth
         yield from _body(node, inner + ("│ " if node.children and not folded else "  "), view.width)
         if folded:
             yield f"{inner}└ {_folded(list(below(tree, node)))}"
         else:
             waiting.extend(_waiting(tree, node, inner, depth + 1))
+
+
+def _short(rail: str, width: int) -> str:
+    """A rail that leaves room for text: of a very deep one, its inner end."""
+    return rail if len(rail) <= width else "…" + rail[3 - width :]
 
 
 def _waiting(tree: Tree, node: Node, rail: str, depth: int) -> list[tuple[Node, str, bool, int]]:

@@ -1,0 +1,381 @@
+"""What a person sees of a run: the table, a tree as text, the page. The run is made by hand, without any model."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rstar.evaluation import Candidate, EvalRecord, measures
+from rstar.report.html import embedded, page, write_report
+from rstar.report.results import results, results_markdown, results_table
+from rstar.report.sample import pack, sample_trees
+from rstar.report.show import best_path, clean, find_trees, near, problem_ids, show_tree
+from rstar.rounds import RoundDir, RunDir
+from rstar.store import TreeWriter, write_json
+from rstar.tree import Node, Tree
+from rstar.types import Problem, TerminalReason, UserError
+
+HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 {{DATA}}"
+STEP, ANSWER = "<end_of_step>", "<end_of_answer>"
+
+
+def _tree(problem_id: str, *, solved: bool, level: str = "1", seed: int = 0) -> Tree:
+    """root -> 1 (good) -> 3 answer 7 (right only if `solved`), 4 answer 5 (wrong); root -> 2 code error."""
+    problem = Problem(problem_id, f"What is 3 + 4? {problem_id}", "7", level=level)
+    tree = Tree(f"{problem_id}#{seed}", problem, ("Q",), searcher="mcts", rollouts_done=2, tokens=100, complete=True)
+    first = tree.add_child(tree.root, text=f"# add\nx = 3 + 4\n{STEP}", code="# add\nx = 3 + 4\n", stdout="noise\n")
+    first.ppm_value = 0.25
+    tree.add_child(
+        tree.root, text=f"x = y\n{STEP}", code="x = y\n", error="NameError: y", terminal=TerminalReason.CODE_ERROR
+    )
+    for answer, right, times in (("7", True, 1), ("5", False, 2)):
+        if right and not solved:
+            answer, right = "6", False
+        leaf = tree.add_child(first, text=f"So \\boxed{{{answer}}}.\n{ANSWER}", terminal=TerminalReason.ANSWER)
+        leaf.answer, leaf.reward, leaf.multiplicity = answer, 1.0 if right else -1.0, times
+        tree.backpropagate(leaf, leaf.reward)
+    return tree
+
+
+def _search(folder: RoundDir, trees: list[Tree], levels: dict[str, list[int]]) -> None:
+    with TreeWriter(folder.trees / "trees-a.jsonl.zst") as writer:
+        for tree in trees:
+            writer.append(tree)
+    counts = {
+        "solved_by_level": levels,
+        "outcomes": {"live": 3, "answer": 6, "code_error": 3},
+        "trees": len(trees),
+        "rollouts": 2 * len(trees),
+        "tokens": 100 * len(trees),
+    }
+    _finish(
+        folder, "search", counts, 90.0, {"search": {"rollouts": 2 * folder.number}, "model": {"base": "some/model"}}
+    )
+
+
+def _finish(folder: RoundDir, stage: str, counts: dict[str, Any], seconds: float, settings: Any = None) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.finish(stage, settings=settings or {}, inputs={}, outputs=[], counts=counts, seconds=seconds)
+
+
+def _evaluate(folder: RoundDir, right: dict[str, int]) -> None:
+    """`right[method]` of four held-out problems are right, the first ones."""
+    methods = {}
+    for method, n in right.items():
+        records = [
+            EvalRecord(f"h{i}", str(1 + i % 2), "", (Candidate("1", 0.5, 1, i < n),), 1, 10, 1, 0.1) for i in range(4)
+        ]
+        methods[method] = {
+            "measures": {name: asdict(m) for name, m in measures(method, records).items()},
+            "tokens": 40,
+            "records": [asdict(record) for record in records],
+        }
+    write_json(folder.eval_json, {"round": folder.number, "methods": methods})
+    _finish(folder, "eval", {}, 30.0, {"eval": {"trajectories": 1}})
+
+
+def _trained(rows: int, first: float, last: float) -> dict[str, Any]:
+    return {"rows": rows, "steps": 5, "tokens": 999, "first_loss": first, "last_loss": last, "mean_loss": last}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A base with warm-up, a whole round 1, and round 2 after its extract stage."""
+    run = RunDir(tmp_path / "demo")
+    base, one, two = run.round(0), run.round(1), run.round(2)
+    _finish(base, "base", _trained(20, 2.0, 1.5), 60.0, {"warmup": {"enabled": True, "rows": 20, "source": "own"}})
+    _evaluate(base, {"greedy": 1})
+    _search(one, [_tree("p-1", solved=True), _tree("p-2", solved=False, level="2"), _tree("p-3", solved=False)],
+            {"1": [1, 2], "2": [0, 1], "all": [1, 3]})  # fmt: skip
+    one.pairs.write_text(json.dumps({"tree_id": "p-1#0", "node_ids": [3, 4]}) + "\n")
+    _finish(one, "extract", {"sft_rows": 11, "pairs": 17}, 1.0)
+    _finish(one, "policy", _trained(11, 1.25, 0.5), 120.0)
+    pairs = {"pairs": 8, "accuracy": 0.625, "loss": 0.6, "calibration_error": 0.1}
+    _finish(one, "ppm", {"training": _trained(17, 0.693, 0.25), "heldout_before": pairs, "heldout_after": pairs}, 60.0)
+    (one.path / "policy-metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {2 - i}}}\n' for i in range(2)))
+    _evaluate(one, {"greedy": 2, "mcts": 3})
+    _search(two, [_tree("p-1", solved=True), _tree("p-2", solved=True, level="2"), _tree("p-3", solved=False)],
+            {"1": [1, 2], "2": [1, 1], "all": [2, 3]})  # fmt: skip
+    return run.path
+
+
+def _cells(table: str, label: str) -> list[str]:
+    """Cells of the row `label` in the first table of a text."""
+    line = next(line for line in table.splitlines() if line.startswith(label))
+    return re.split(r"\s{2,}", line.strip())
+
+
+class _Elements(HTMLParser):
+    """Tags of a page with their attributes, and the text inside each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text: list[str] = []
+        self._script: dict[str, str | None] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._script = dict(attrs) if tag == "script" else None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            self.scripts.append((self._script, data))
+        else:
+            self.text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = None
+
+    def data(self, name: str) -> Any:
+        return json.loads(next(text for attrs, text in self.scripts if attrs.get("id") == name))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_results_read_every_stage_of_every_round(run: Path) -> None:
+    found = results(run)
+    base, one, two = found.rounds
+    assert found.warmup and found.levels == ["1", "2", "all"]
+    assert (base.solved, base.trees, base.guided) == ({}, None, None)
+    assert base.greedy is not None and (base.greedy.mean, base.greedy.n) == (0.25, 4)
+    assert one.solved == {"1": (1, 2), "2": (0, 1), "all": (1, 3)}
+    assert one.guided is not None and one.guided.mean == 0.75
+    assert one.heldout_levels["mcts"] == {"1": (2, 2), "2": (1, 2)}
+    assert one.total_tokens == 300 + 40 + 40
+    assert one.total_seconds == 90 + 1 + 120 + 60 + 30
+    assert one.pairs_after is not None and one.pairs_after.accuracy == 0.625 and one.pairs_heldout
+    assert one.policy is not None and (one.policy.first_loss, one.policy.mean_loss) == (1.25, 0.5)
+    assert one.ppm is not None and one.ppm.mean_loss == 0.25
+    assert two.stages == ("search",) and two.greedy is None and two.sft_rows is None
+
+
+def test_the_table_says_the_figures_and_a_dash_where_there_is_none(run: Path) -> None:
+    main, training = results_table(results(run)).split("\n\n")
+    interval = r"50\.0 \[\d+\.\d, \d+\.\d\]"
+    assert _cells(main, "0 base (warm-up)")[1:4] == ["-", "-", "-"]
+    row = _cells(main, "1 ")
+    assert row[:4] == ["1", "50.0", "0.0", "33.3"]
+    assert re.fullmatch(interval, row[4]) and row[5].startswith("75.0 [") and row[6:] == ["3", "380", "5.0"]
+    assert _cells(main, "2 ")[1:] == ["50.0", "100.0", "66.7", "-", "-", "3", "300", "1.5"]
+    assert _cells(training, "0 base (warm-up)")[1:3] == ["20", "2.000 > 1.500"]
+    assert _cells(training, "1 ")[1:] == ["11", "1.250 > 0.500", "17", "0.693 > 0.250", "62.5", "8"]
+    assert "2 " not in [line[:2] for line in training.splitlines()]
+    assert max(map(len, main.splitlines())) <= 100
+
+
+def test_markdown_rows_have_as_many_cells_as_heads(run: Path) -> None:
+    for table in results_markdown(results(run)).split("\n\n"):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+        assert "| 0 base (warm-up) |" in table
+
+
+def test_the_base_is_not_called_warm_up_where_there_was_none(run: Path) -> None:
+    _finish(RoundDir(run, 0), "base", {"base": "some/model"}, 1.0, {"warmup": {"enabled": False}})
+    assert "warm-up" not in results_table(results(run))
+    assert "No warm-up" in write_report(run).read_text()
+
+
+def test_a_folder_that_is_no_run_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no rounds"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- trees as text -----------------------------------------------------------------------------------------------------
+
+
+def test_trees_are_found_by_problem_round_and_tree_id(run: Path) -> None:
+    assert problem_ids(run) == ["p-1", "p-2", "p-3"]
+    assert [tree.solved for tree in find_trees(run, "p-2")] == [False, True]
+    assert [tree.solved for tree in find_trees(run, "p-2", 2)] == [True]
+    assert len(find_trees(run, "p-2#0", 1)) == 1
+
+
+def test_an_unknown_problem_names_near_ids(run: Path) -> None:
+    with pytest.raises(UserError, match=r"no tree of problem 'p2'.*near ones: p-2"):
+        find_trees(run, "p2")
+    with pytest.raises(UserError, match="round 0 .*holds no trees|holds no trees"):
+        find_trees(run, "p-1", 0)
+    assert near("sum", ["a_sum-1", "zzz", "sun"], n=2) == ["a_sum-1", "sun"]
+
+
+def test_the_best_path_is_the_correct_answer_of_highest_mean_q() -> None:
+    tree = _tree("p", solved=True)
+    assert best_path(tree) == [1, 3]
+    better = tree.add_child(tree.root, text=f"# alone\n{STEP}")
+    leaf = tree.add_child(better, text=ANSWER, terminal=TerminalReason.ANSWER, answer="7", reward=1.0)
+    tree.backpropagate(leaf, 1.0)
+    assert best_path(tree) == [better.id, leaf.id]
+
+
+def test_the_best_path_of_an_ungraded_tree_follows_the_ppm_and_without_an_answer_the_visits() -> None:
+    tree = _tree("p", solved=False)
+    for leaf, score in zip(tree.answers(), (0.1, 0.9), strict=True):
+        leaf.reward, leaf.ppm_value = None, score
+    assert best_path(tree) == [1, 4]
+    for leaf in tree.answers():
+        leaf.terminal, leaf.visit_count = None, leaf.id
+    assert best_path(tree) == [1, 4]
+
+
+def test_a_tree_shows_figures_code_output_errors_and_the_best_path() -> None:
+    lines = show_tree(_tree("p-1", solved=True), width=100).splitlines()
+    text = "\n".join(lines)
+    assert "p-1#0 | level 1 | solved | 2 rollouts | 4 nodes" in text
+    assert "reference answer: 7; most given: 5 (2 of 3)" in text
+    assert "├─* #1  N 2  Q +0.00  PPM +0.25" in lines
+    assert "│ ├─* #3  N 1  Q +1.00  correct (+1) answer 7" in lines
+    assert "│ └── #4  N 1  Q -1.00  wrong (-1) answer 5  x2" in lines
+    assert "└── #2  N 0  code_error" in lines
+    assert "│ │   x = 3 + 4" in lines and "│ │ > noise" in lines and "    ! NameError: y" in lines
+    assert STEP not in text and ANSWER not in text
+
+
+def _chain(tree: Tree, node: Node, length: int) -> Node:
+    for _ in range(length):
+        node = tree.add_child(node, text=f"y = {'1 + ' * 40}1\n{STEP}", visit_count=1, value_sum=-1.0)
+    return node
+
+
+def test_large_trees_fold_beside_the_best_path_and_stay_within_the_width() -> None:
+    tree = _tree("p", solved=True)
+    for _ in range(6):
+        _chain(tree, tree.root, 12)
+    folded, whole = show_tree(tree, width=80), show_tree(tree, width=80, depth=0)
+    assert folded.count("... 11 more below") == 6
+    assert "#3 " in folded and "more below" not in whole
+    assert all(f"#{node.id} " in whole for node in tree.nodes[1:])
+    assert max(map(len, whole.splitlines())) <= 80
+    assert show_tree(tree, width=80, depth=3).count("... 9 more below") == 6
+
+
+def test_a_chain_deeper_than_pythons_stack_is_shown() -> None:
+    tree = _tree("p", solved=True)
+    last = _chain(tree, tree.root, 1500)
+    assert f"#{last.id} " not in show_tree(tree)
+    whole = show_tree(tree, width=80, depth=0)
+    assert f"#{last.id} " in whole and max(map(len, whole.splitlines())) <= 80
+    assert len(pack(tree)) > 1500
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
+    tree = _tree("p", solved=True)
+    tree.nodes[1].text = f"\x1b[2J\x07\u202eevil\tx\n{STEP}"
+    tree.nodes[1].stdout = "\x1b]0;title\x07"
+    shown = show_tree(tree)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", shown)
+    assert "\\x1b[2J" in shown
+    assert clean("a\nb\x00") == "a\nb\\x00"
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_figures_curves_and_trees_and_loads_nothing(run: Path) -> None:
+    path = write_report(run)
+    text = path.read_text()
+    elements = _Elements(text)
+    shown = " ".join(elements.text)
+    assert path == run / "report.html" and not list(run.glob("*.tmp"))
+    for figure in ("66.7", "62.5", "1.250 > 0.500", "Training problems solved by search", "some/model", "own"):
+        assert figure in shown
+    assert "The warm-up is on" in shown and "round 2 after its search stage" in shown
+    assert sum(tag == "svg" for tag, _ in elements.tags) >= 4
+    assert not any(attrs.get("src") or attrs.get("href") for _, attrs in elements.tags)
+    assert "http:" not in text and "https:" not in text
+    policy = next(attrs["content"] for tag, attrs in elements.tags if attrs.get("http-equiv"))
+    assert policy is not None and "default-src 'none'" in policy and "script-src 'sha256-" in policy
+    entries = elements.data("data-entries")
+    assert [(e["problem"], e["round"], e["solved"], e["new"]) for e in entries] == [
+        ("p-1", 1, True, False), ("p-1", 2, True, False), ("p-2", 1, False, False),
+        ("p-2", 2, True, True), ("p-3", 1, False, False), ("p-3", 2, False, False),
+    ]  # fmt: skip
+    tree = elements.data("data-0")
+    assert tree["best"] == [1, 3] and tree["pairs"] == [[3, 4]]
+    assert tree["nodes"][1] == {"p": 0, "t": "# add\nx = 3 + 4", "c": True, "o": "noise\n", "n": 2, "q": 0.0, "v": 0.25}
+    assert tree["nodes"][2]["e"] == "NameError: y" and tree["nodes"][2]["x"] == "code_error"
+
+
+def test_ids_of_the_page_are_unique_and_the_script_finds_those_it_asks_for(run: Path) -> None:
+    elements = _Elements(write_report(run).read_text())
+    ids = [attrs["id"] for _, attrs in elements.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    script = next(text for attrs, text in elements.scripts if "type" not in attrs)
+    asked = set(re.findall(r'getElementById\("([\w-]+)"\)', script)) | {"find", "outcome", "round", "data-entries"}
+    assert asked <= set(ids)
+
+
+def test_hostile_text_stays_text(run: Path) -> None:
+    two = RoundDir(run, 2)
+    tree = _tree(HOSTILE, solved=True, level=HOSTILE)
+    for node in tree.nodes[1:]:
+        node.text = node.stdout = node.error = HOSTILE
+        node.answer = HOSTILE if node.answer else None
+    counts = {HOSTILE: [1, 1], "all": [1, 1]}
+    with TreeWriter(two.trees / "trees-a.jsonl.zst") as writer:
+        writer.append(tree)
+    _finish(two, "search", {"solved_by_level": counts, "outcomes": {HOSTILE: 3}, "trees": 1, "tokens": 5}, 1.0,
+            {HOSTILE: {HOSTILE: HOSTILE}, "model": {"base": HOSTILE}})  # fmt: skip
+    _finish(RoundDir(run, 1), "search", {"solved_by_level": counts, "tokens": 1}, 1.0, {"model": {"base": HOSTILE}})
+    elements = _Elements(write_report(run).read_text())
+    assert not any(tag == "img" or any(name.startswith("on") for name in attrs) for tag, attrs in elements.tags)
+    assert sum("type" not in attrs for attrs, _ in elements.scripts) == 1
+    packed = next(e for e in elements.data("data-entries") if e["problem"] == HOSTILE)
+    assert packed["level"] == HOSTILE
+    trees = [elements.data(f"data-{i}") for i in range(len(elements.data("data-entries")))]
+    assert any(one["nodes"][1].get("t") == HOSTILE for one in trees)
+
+
+def test_embedded_json_has_no_character_that_ends_a_script() -> None:
+    text = embedded(json.dumps([HOSTILE], ensure_ascii=False).encode())
+    assert not re.search("[<>&\u2028\u2029]", text) and json.loads(text) == [HOSTILE]
+
+
+def test_a_page_is_written_after_every_stage(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "young")
+    base, one = run.round(0), run.round(1)
+    _finish(base, "base", {"base": "m"}, 1.0, {"model": {"base": "m"}, "warmup": {"enabled": False}})
+    assert "No warm-up" in write_report(run.path).read_text()
+    one.path.mkdir()
+    with TreeWriter(one.trees / "trees-a.jsonl.zst") as writer:  # a search that is under way
+        writer.append(_tree("p", solved=True))
+    text = write_report(run.path).read_text()
+    assert "round 1 begun" in text and '"problem":"p"' in text
+    assert _cells(results_table(results(run.path)), "1 ")[1:] == ["-"] * 5 + ["-"]
+
+
+def test_damaged_trees_are_named_on_the_page_and_do_not_stop_it(run: Path) -> None:
+    shard = RoundDir(run, 1).trees / "trees-a.jsonl.zst"
+    data = bytearray(shard.read_bytes())
+    data[60:64] = b"\xff\xff\xff\xff"
+    shard.write_bytes(bytes(data))
+    text = write_report(run).read_text()
+    assert "Could not be read: round 1" in text and "is damaged" in text
+    assert '"problem":"p-2"' in text  # of round 2
+
+
+def test_the_sample_keeps_to_its_size_and_takes_from_every_round(run: Path) -> None:
+    few = sample_trees(run, [1, 2], per_round=1)
+    assert sorted(e["round"] for e in few.entries) == [1, 2] and few.left_out == 0
+    assert any(e["new"] for e in few.entries)  # what a round newly solved comes first
+    small = sample_trees(run, [1, 2], per_round=3, max_bytes=10)
+    assert len(small.trees) == 1 and small.left_out == 5
+    assert "5 trees are left out" in page(results(run), small)
+
+
+def test_a_tree_of_three_thousand_steps_packs_small() -> None:
+    tree = _tree("p", solved=True)
+    while len(tree.nodes) < 3000:
+        _chain(tree, tree.root, 10)
+    tree.nodes[5].stdout = "x" * 1_000_000
+    assert len(pack(tree)) < 3000 * 300
