@@ -6,6 +6,7 @@ import pytest
 from rstar.config import ProblemsSection
 from rstar.problems import BENCHMARKS, ProblemSet, load_benchmark, load_problems, needs_image
 from rstar.problems.overlap import Overlap, numbers_key, skeleton_key, text_key
+from rstar.problems.worked import worked_solution
 from rstar.types import Problem, UserError
 
 FAMILIES = {
@@ -336,3 +337,89 @@ def test_a_benchmark_reads_the_hub_s_records(monkeypatch):
     assert len(problems) == len(asked) == 7
     assert (problems[0].answer, problems[0].level, problems[0].solution) == ("3", "5", "so \\boxed{3}")
     assert len({p.id for p in problems}) == 7
+
+
+# Worked solutions
+
+
+def word_problem(question, solution, answer, source="file"):
+    return Problem("w", question, answer, source, solution=solution)
+
+
+def test_calculator_annotations_become_named_steps_that_use_earlier_results():
+    worked = worked_solution(
+        word_problem(
+            "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
+            "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+            "She sold 48+24 = <<48+24=72>>72 clips altogether.\n#### 72",
+            "72",
+        )
+    )
+    assert worked is not None
+    assert worked.steps[0] == ("Natalia sold clips in May", "clips_may = 48 / 2")
+    assert worked.steps[1][1] == "clips_altogether = 48 + clips_may"
+    assert (worked.result, worked.printed) == ("clips_altogether", "72.0")
+
+
+def test_thoughts_never_tell_a_result():
+    for problem in generated(families={"words": {"family": "gsm_symbolic", "count": 60, "heldout": 0}}).train:
+        worked = worked_solution(problem)
+        assert worked is None or not any(c.isdigit() for thought, _ in worked.steps for c in thought)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer", "steps"),
+    [
+        ("125 students - 64 girls = 61 boys\n61 boys - 5 absent = 56 boys", "56", 2),
+        ("7 days/week * 5 weeks/month = 35 days/month\n€100/day * 35 days/month = €3500/month", "3500", 2),
+        ("He pays 50 x €3 = €150.", "150", 1),
+        ("<<2,000*3=6000>>6,000 in all", "6000", 1),
+        ("20% of it: <<50*20%=10>>10", "10", 1),
+        ("It is <<.5*10=5>>5 and <<05+5=10>>10", "10", 1),
+    ],
+)
+def test_calculations_are_read_with_their_units(solution, answer, steps):
+    worked = worked_solution(word_problem("Some question.", solution, answer))
+    assert worked is not None
+    assert len(worked.steps) == steps
+    assert float(worked.printed) == float(answer)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("<<2+2=4>>4", "5"),  # prints something else
+        ("<<2+2=5>>5", "5"),  # does not come out
+        ("It is obvious.", "5"),
+        ("<<0.1*3=0.3>>0.3", "0.3"),  # a float prints 0.30000000000000004
+        ("<<9**9**9=5>>5 __import__('os') = 5", "5"),
+        ("<<1/0=5>>5", "5"),
+    ],
+)
+def test_a_program_that_does_not_print_the_answer_is_not_kept(solution, answer):
+    assert worked_solution(word_problem("Some question.", solution, answer)) is None
+
+
+def test_two_results_never_share_a_name():
+    lines = "\n".join(f"He has <<{n}+100={n + 100}>>{n + 100} apples." for n in range(10, 16))
+    worked = worked_solution(word_problem("Q", lines, "115"))
+    names = [code.partition(" = ")[0] for _, code in worked.steps]
+    assert len(set(names)) == 6 and all(name.isidentifier() for name in names)
+
+
+@pytest.mark.parametrize("family", ["chain_sum", "products", "basic_arithmetic", "lcm", "gcd", "simple_equations"])
+def test_templates_solve_their_family_and_python_agrees(family):
+    problems = generated(families={"f": {"family": family, "count": 60, "heldout": 0}}).train
+    worked = [worked_solution(problem) for problem in problems]
+    assert sum(w is not None for w in worked) >= 58
+    for w in filter(None, worked):
+        names: dict[str, object] = {}
+        exec("\n".join(code for _, code in w.steps), names)  # our own generated arithmetic
+        assert str(names[w.result]) == w.printed
+
+
+def test_most_generated_word_problems_get_a_program():
+    problems = generated(families={"words": {"family": "gsm_symbolic", "count": 150, "heldout": 0}}).train
+    worked = [worked_solution(problem) for problem in problems]
+    assert sum(w is not None for w in worked) >= 120
+    assert sum(len(w.steps) >= 2 for w in worked if w is not None) >= 80

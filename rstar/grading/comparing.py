@@ -11,7 +11,8 @@ from rstar.grading.forms import TEXT, Form, Kind
 LONG_DECIMAL_DIGITS = 10  # a decimal with so many significant digits may stand for a number that has no end
 FLOAT_DIGITS, FLOAT_ERROR = 15, 1e-14  # what a program prints of a float, and the noise in it
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
-_CHOSEN = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])(?:\s.*)?|([A-Z])", re.DOTALL)
+_CHOSEN = re.compile(r"(?:\((?P<closed>[A-Z])\)|(?P<marked>[A-Z])[).:])(?P<rest>\s.*)?|(?P<bare>[A-Z])", re.DOTALL)
+_LETTER = re.compile(r"\b[A-Z]\b")
 
 
 def choice_matches(answer: str, reference: str) -> bool | None:
@@ -20,7 +21,9 @@ def choice_matches(answer: str, reference: str) -> bool | None:
     if wanted is None:
         return None
     chosen = _CHOSEN.fullmatch(TEXT.sub(r"\1", answer).strip())
-    return chosen is not None and wanted[1] in chosen.groups()
+    if chosen is None or _LETTER.search(chosen["rest"] or ""):  # "(A) (B)" chooses nothing
+        return False
+    return wanted[1] in (chosen["closed"], chosen["marked"], chosen["bare"])
 
 
 def compare(answer: Form, reference: Form) -> bool | None:

@@ -1,0 +1,336 @@
+"""Short programs that solve a problem, made from what its text brings along, for the warm-up of small models.
+
+    worked_solution(problem) -> Worked(steps=((thought, code), ...), printed) or None
+
+Word problems follow the calculations of their own solution: GSM8K's annotations `<<48/2=24>>` and plain `48 / 2 = 24`.
+A line becomes a step, a result a variable named after what the line calls it; a number that equals an earlier result,
+and is none of the question's, is used by that name. Generated families have templates. Every program is run here, by an
+evaluator of arithmetic (no exec), and is kept only if it prints exactly the answer.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rstar.types import Problem
+
+Number = int | float
+Step = tuple[str, str]
+
+MAX_STEPS = 12
+_THOUGHT_WORDS = 10
+_NAME_WORDS = 3
+
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+_EQUALS = re.compile(rf"=\s*({_NUMBER})(?!\s*[-+*(]|\s*/\s*[0-9(]|\.?[0-9])")
+_EXPRESSION = re.compile(rf"[-(\s]*{_NUMBER}%?[)\s]*(?:[-+*/][(\s]*{_NUMBER}%?[)\s]*)+$")
+_UNIT = re.compile(r"/?(?<![0-9.])\b[A-Za-z][A-Za-z'-]*(?:/[A-Za-z]+)*")
+_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "•": " "} | dict.fromkeys("$€£,"))
+_EMPTY_WORDS = frozenset(
+    {
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "is",
+        "are",
+        "was",
+        "were",
+        "to",
+        "so",
+        "he",
+        "she",
+        "it",
+        "they",
+        "has",
+        "have",
+        "had",
+    }
+    | {"that", "this", "there", "then", "for", "and", "on", "at", "because", "his", "her", "their", "since", "if", "we"}
+    | {"will", "would", "each", "total", "be", "by", "with", "means", "therefore", "per", "x", "s"}
+)
+
+
+@dataclass(frozen=True)
+class Worked:
+    """A program in steps and what it prints."""
+
+    steps: tuple[Step, ...]  # (thought, code); the last assigned name holds the answer
+    printed: str
+
+    @property
+    def result(self) -> str:
+        """The name that is printed."""
+        return self.steps[-1][1].rpartition("\n")[2].partition(" = ")[0]
+
+
+def worked_solution(problem: Problem) -> Worked | None:
+    """Steps that compute the problem's answer; None if its text gives none that do."""
+    template = _TEMPLATES.get(problem.source)
+    steps = template(problem) if template is not None else calculations(problem)
+    if not steps or len(steps) > MAX_STEPS:
+        return None
+    try:
+        values = run("\n".join(code for _, code in steps))
+        printed = str(values[Worked(tuple(steps), "").result])
+        right = Fraction(printed) == Fraction(problem.answer)
+    except (ValueError, ArithmeticError, KeyError, SyntaxError):
+        return None
+    return Worked(tuple(steps), printed) if right else None
+
+
+def run(code: str) -> dict[str, Number]:
+    """The variables after a program of assignments of arithmetic, with Python's own int and float results.
+
+    Raises ValueError for anything else.
+    """
+    values: dict[str, Number] = {}
+    for statement in ast.parse(code).body:
+        if isinstance(statement, ast.Import) and [name.name for name in statement.names] == ["math"]:
+            continue
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            raise ValueError(ast.unparse(statement))
+        values[statement.targets[0].id] = _evaluate(statement.value, values)
+    return values
+
+
+_OPERATIONS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+}
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, Number]) -> Number:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.Name(id=name):
+            return values[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, values)
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _OPERATIONS:
+            return _OPERATIONS[type(operation)](_evaluate(left, values), _evaluate(right, values))
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="math"), attr="gcd" | "lcm" as function), args=arguments):
+            return int(getattr(math, function)(*(int(_evaluate(a, values)) for a in arguments)))
+    raise ValueError(ast.unparse(node))
+
+
+# Word problems: the calculations of a written solution
+
+
+def calculations(problem: Problem) -> list[Step]:
+    """Steps from the calculations of `problem.solution`; a line whose calculation does not come out is left out."""
+    given = {Fraction(number) for number in re.findall(_NUMBER, problem.question.replace(",", ""))}
+    names: dict[Fraction, str] = {}
+    taken: list[str] = []
+    steps: list[Step] = []
+    for line in problem.solution.split("\n"):
+        if line.startswith("####"):
+            break
+        codes: list[str] = []
+        for expression, value, before, after in _line_calculations(line.translate(_SIGNS)):
+            name = _name(before, after, taken)
+            text = re.sub(_NUMBER, lambda m: _by_name(m.group(), names, given), _tidy(expression))
+            codes.append(f"{name} = {text}")
+            names[value] = name
+            taken.append(name)
+        if codes:
+            steps.append((_thought(line), "\n".join(codes)))
+    return steps
+
+
+def _line_calculations(line: str) -> list[tuple[str, Fraction, str, str]]:
+    """(expression, value, words before, words after) of each calculation of a line that comes out."""
+    found: list[tuple[str, Fraction, str, str]] = []
+    marks = list(_ANNOTATION.finditer(line))
+    for mark in marks or _EQUALS.finditer(line):
+        before, after = line[: mark.start()], line[mark.end() :]
+        expression = mark[1] if marks else _trailing_expression(before)
+        value = _value(mark[2] if marks else mark[1])
+        if expression and value is not None and _value(expression) == value and re.search(r"[-+*/]", expression[1:]):
+            found.append((expression, value, before, after.lstrip("0123456789.%")))
+    return found
+
+
+def _trailing_expression(text: str) -> str:
+    """The arithmetic at the end of a text without its units: `125 students - 64 girls` is 125 - 64."""
+    bare = _UNIT.sub(" ", re.sub(r"(?<=[0-9)])\s*x\s*(?=[0-9(])", " * ", text))
+    match = _EXPRESSION.search(bare)
+    return match.group().strip() if match else ""
+
+
+def _tidy(expression: str) -> str:
+    """One spacing, no leading zeros, `20%` as `20 / 100`."""
+    text = re.sub(rf"({_NUMBER})%", r"(\1 / 100)", expression.replace("x", "*"))
+    text = re.sub(_NUMBER, lambda m: m.group().lstrip("0") if re.match(r"0[0-9]", m.group()) else m.group(), text)
+    text = re.sub(r"(?<![0-9.])\.(?=[0-9])", "0.", text)
+    return re.sub(r"\s*([-+*/])\s*", r" \1 ", text.strip()).strip()
+
+
+def _value(text: str) -> Fraction | None:
+    """Exact value of an arithmetic expression."""
+    try:
+        return _exact(ast.parse(_tidy(text), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError):
+        return None
+
+
+def _exact(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return Fraction(str(value))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_exact(operand)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as operation, right=right):
+            first, second = _exact(left), _exact(right)
+            match operation:
+                case ast.Add():
+                    return first + second
+                case ast.Sub():
+                    return first - second
+                case ast.Mult():
+                    return first * second
+            return first / second
+    raise ValueError(ast.unparse(node))
+
+
+def _by_name(number: str, names: Mapping[Fraction, str], given: set[Fraction]) -> str:
+    value = Fraction(number)
+    return names[value] if value in names and value not in given else number
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z]+", _ANNOTATION.sub(" ", text))
+
+
+def _name(before: str, after: str, taken: Sequence[str]) -> str:
+    """A variable's name from the words after a result (`24 clips in May`), else from those before its calculation."""
+    following = re.split(r"[.;:(=]|\d|\b(?:so|because|since|which|and|but|then)\b", after, maxsplit=1)[0]
+    leading = re.split(r"[.;:=]", before.rpartition(">>")[2])[-1]
+    for words in (_words(following)[:5], _words(leading)[-5:]):
+        kept = [word.lower() for word in words if word.lower() not in _EMPTY_WORDS][:_NAME_WORDS]
+        name = "_".join(kept)
+        if name and not keyword.iskeyword(name) and name not in ("math", "print"):
+            again = next(n for n in range(1, len(taken) + 2) if (f"{name}_{n}" if n > 1 else name) not in taken)
+            return f"{name}_{again}" if again > 1 else name
+    return f"result_{len(taken) + 1}"
+
+
+def _thought(line: str) -> str:
+    """What a line works out, without its numbers: they are the program's business."""
+    text = _ANNOTATION.sub(" ", line)
+    words = [word for word in re.findall(r"[A-Za-z][A-Za-z']*", text) if word not in ("x", "s")]
+    words = words[:_THOUGHT_WORDS]
+    while len(words) > 1 and words[-1].lower() in _EMPTY_WORDS:
+        words.pop()
+    return " ".join(words) if words else "calculate"
+
+
+# Generated families
+
+
+def _expression_of(problem: Problem) -> str:
+    found = re.findall(r"[-(0-9][-+*/(). 0-9]*[0-9)]", problem.question)
+    return max(found, key=len).strip() if found else ""
+
+
+def _chain(problem: Problem) -> list[Step]:
+    terms = re.findall(r"[-+]?\s*[0-9]+", _expression_of(problem))
+    if len(terms) < 2:
+        return []
+    first = terms[0].strip()
+    steps = [("combine the first two numbers", f"total = {first} {_apart(terms[1])}")]
+    return steps + [(_next(term), f"total = total {_apart(term)}") for term in terms[2:]]
+
+
+def _apart(term: str) -> str:
+    return f"{term.strip()[0]} {term.strip()[1:].strip()}"
+
+
+def _next(term: str) -> str:
+    return "subtract the next number" if term.strip().startswith("-") else "add the next number"
+
+
+def _product(problem: Problem) -> list[Step]:
+    return [("multiply the numbers", f"product = {_expression_of(problem)}")]
+
+
+def _arithmetic(problem: Problem) -> list[Step]:
+    """One step for each pair of innermost brackets, then the rest."""
+    text, steps = _expression_of(problem), list[Step]()
+    while match := re.search(r"\(([^()]*)\)", text):
+        inside = match[1].strip()
+        if re.fullmatch(r"-?\s*\w+", inside):  # a single number in brackets
+            text = f"{text[: match.start()]}\0{inside}\1{text[match.end() :]}"
+            continue
+        name = f"part_{len(steps) + 1}"
+        steps.append(("work out the brackets", f"{name} = {_bracketed(inside)}"))
+        text = f"{text[: match.start()]}{name}{text[match.end() :]}"
+    return [*steps, ("calculate the expression" if not steps else "put it together", f"result = {_bracketed(text)}")]
+
+
+def _bracketed(text: str) -> str:
+    return " ".join(text.replace("\0", "(").replace("\1", ")").split())
+
+
+def _multiple(problem: Problem) -> list[Step]:
+    numbers = re.findall(r"[0-9]+", problem.question.rpartition(":")[2])
+    if len(numbers) != 2:
+        return [("least common multiple of the numbers", f"import math\nmultiple = math.lcm({', '.join(numbers)})")]
+    a, b = numbers
+    divisor = ("greatest common divisor of the numbers", f"import math\ndivisor = math.gcd({a}, {b})")
+    return [divisor, ("divide their product by it", f"multiple = {a} * {b} // divisor")]
+
+
+def _divisor(problem: Problem) -> list[Step]:
+    numbers = re.findall(r"[0-9]+", problem.question.rpartition(":")[2])
+    return [("greatest common divisor of the numbers", f"import math\ndivisor = math.gcd({', '.join(numbers)})")]
+
+
+def _equation(problem: Problem) -> list[Step]:
+    """A linear equation: bring the constants to the right, divide by the factor."""
+    match = re.search(r"\b([a-z])\b.*?:\s*(.+?)\s*=\s*(.+?)\s*$", problem.question)
+    if match is None:
+        return []
+    name, left, right = match.groups()
+    try:
+        tree = ast.parse(left, mode="eval").body
+        at_zero, at_one = _evaluate(tree, {name: 0}), _evaluate(tree, {name: 1})
+    except (SyntaxError, ValueError, KeyError, ArithmeticError):
+        return []
+    factor = at_one - at_zero
+    if not factor or not re.fullmatch(r"-?[0-9]+", right):
+        return []
+    constants = [("constants on the right side", f"right = {right} - {_signed(at_zero)}")] if at_zero else []
+    start = "right" if at_zero else right
+    return [
+        ("factor of the unknown", f"factor = {factor}"),
+        *constants,
+        ("divide by the factor", f"{name} = {start} // factor"),
+    ]
+
+
+def _signed(value: Number) -> str:
+    return f"({value})" if value < 0 else str(value)
+
+
+_TEMPLATES: dict[str, Callable[[Problem], list[Step]]] = {
+    "chain_sum": _chain,
+    "products": _product,
+    "basic_arithmetic": _arithmetic,
+    "lcm": _multiple,
+    "gcd": _divisor,
+    "simple_equations": _equation,
+}
