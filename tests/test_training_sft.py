@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +14,12 @@ from rstar.config import TrainSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import micro_batches
 from rstar.training.data import encode_sft, read_rows
+from rstar.training.launch import in_processes
 from rstar.training.loop import PackedTrainer, metrics_path
 from rstar.training.models import load_policy, save_model
 from rstar.training.sft import TokenLoss, train_policy
 from rstar.types import PreferenceRow, SftRow, TrainProgress, UserError
-from tests.training_rows import sft_rows
+from tests.training_rows import make_a_mistake, sft_rows
 
 QUICK = TrainSection(
     epochs=2, learning_rate=1e-3, batch_size=4, micro_batch_tokens=512, dtype="float32", weight_decay=0.0
@@ -240,35 +238,24 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
         read_rows(path, SftRow)
 
 
-DISTRIBUTED = {
-    "plain": dataclasses.replace(QUICK, batch_size=8, micro_batch_tokens=1, tree_packing=False),
-    "packed": dataclasses.replace(QUICK, batch_size=8, micro_batch_tokens=200),
-}
-WORKER = """
-import sys
-from pathlib import Path
-from rstar.training.sft import train_policy
-from tests.test_training_sft import DISTRIBUTED
-from tests.training_rows import sft_rows
-for name, section in DISTRIBUTED.items():
-    train_policy(sft_rows(trees=6, weights=True), sys.argv[1], Path(sys.argv[2]) / name, section, seed=0)
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
-    """A batch of 8 rows is eight micro-batches in one process, or spread over two: equal losses, equal weights."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(script), str(tiny_model), str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    train_policy(sft_rows(trees=6, weights=True), str(tiny_model), tmp_path / "one", DISTRIBUTED["plain"], seed=0)
-    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
-    for name in DISTRIBUTED:
-        assert curve(tmp_path / name) == pytest.approx(curve(tmp_path / "one"), abs=1e-5)
-        assert curve(tmp_path / name, "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=1e-4)
-        for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict().items():
-            torch.testing.assert_close(value, one[key], atol=2e-4, rtol=1e-3)
+    """A batch of 8 rows is eight passes of a row each over two processes, or one packed pass: equal losses, weights."""
+    rows = sft_rows(trees=6, weights=True)
+    one = dataclasses.replace(QUICK, batch_size=8, micro_batch_tokens=4096)
+    two = dataclasses.replace(one, micro_batch_tokens=1, tree_packing=False, processes=2)
+    train_policy(rows, str(tiny_model), tmp_path / "one", one, seed=0)
+    seen: list[TrainProgress] = []
+    result = train_policy(rows, str(tiny_model), tmp_path / "two", two, seed=0, on_progress=seen.append)
+    assert result.steps == 6 == seen[-1].step == seen[-1].steps and result.last_loss == seen[-1].loss
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-5)
+    assert curve(tmp_path / "two", "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=1e-4)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict().items():
+        torch.testing.assert_close(value, expected[key], atol=2e-4, rtol=1e-3)
+
+
+def test_a_mistake_in_a_process_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a mistake") as caught:
+        in_processes(2, make_a_mistake, metrics=tmp_path / "none", on_progress=lambda progress: None)
+    assert (caught.value.need, caught.value.how) == ("none", "mend it")

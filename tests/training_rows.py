@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from rstar.types import OutcomeRow, PreferenceRow, SftRow
+from rstar.types import OutcomeRow, PreferenceRow, SftRow, UserError
 
 Segments = tuple[tuple[str, bool], ...]
 
@@ -74,3 +74,8 @@ def outcome_rows(trees: int = 3, count: int = 4) -> list[OutcomeRow]:
                    row.node_ids, row.prompt_segments)
         for row in sft_rows(trees, count)
     ]  # fmt: skip
+
+
+def make_a_mistake() -> None:
+    """What a process of a distributed training may do."""
+    raise UserError("a mistake", need="none", how="mend it")

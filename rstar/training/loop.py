@@ -65,6 +65,10 @@ class LossModule(nn.Module):
         }  # fmt: skip
 
 
+def no_progress(progress: TrainProgress) -> None:
+    """Nobody wants to hear."""
+
+
 def metrics_path(output: Path) -> Path:
     """Where the run that writes `output` logs its steps: beside it, under its name."""
     return output.parent / f"{output.name}-metrics.jsonl"
@@ -294,7 +298,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if "loss" in logs:
             line = {"step": self.state.global_step, "epoch": self.state.global_step / len(self.train_dataset)}
             line["epoch"] = round(line["epoch"] * self.train_dataset.epochs, 4)
-            line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            line |= {"steps": len(self.train_dataset)} | {
+                key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
+            }
             seconds = round(time.monotonic() - self._step_began, 4)
             self.metrics.add(line | {"tokens": self._step_tokens, "seconds": seconds})
 

@@ -6,8 +6,10 @@ logit; the score that is served is tanh(raw / scale), see rstar.engines.base.squ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from rstar.config import PpmSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, micro_batches
 from rstar.training.data import EncodedRow, encode_outcome, encode_pair, encode_rows, nothing_to_train
-from rstar.training.loop import LossModule, TrainResult, train
+from rstar.training.launch import in_processes, must_launch
+from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
 from rstar.training.losses import outcome_losses, pairwise_losses, q_losses
 from rstar.training.models import load_ppm, transformers_model
 from rstar.training.packing import FLEX_BLOCK
@@ -66,8 +69,11 @@ class ScoreLoss(LossModule):
         hidden = body(**self.inputs(batch)).last_hidden_state[0, batch.places]
         return model.score(hidden)[:, 0].float()  # type: ignore[no-any-return]
 
-    def forward(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch, *, scores_only: bool = False) -> Tensor:
+        """The loss; with `scores_only` the raw scores of the batch's places."""
         scores = self.scores(batch)
+        if scores_only:
+            return scores
         raw = scores[batch.which]
         match self.section.loss:
             case "pairwise":
@@ -87,7 +93,7 @@ def train_ppm(
     section: PpmSection,
     *,
     seed: int,
-    on_progress: Callable[[TrainProgress], None] = lambda progress: None,
+    on_progress: Callable[[TrainProgress], None] = no_progress,
 ) -> PpmResult:
     """Train a scorer from the policy `body` and write it to `output`; plain transformers and vLLM load it.
 
@@ -100,6 +106,9 @@ def train_ppm(
     pairwise = section.loss == "pairwise"
     if not rows:
         raise nothing_to_train("pairs" if pairwise else "labelled solutions")
+    if must_launch(section.processes):
+        call = partial(train_ppm, rows, body, output, section, seed=seed)
+        return in_processes(section.processes, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(body)
     encoder = SegmentEncoder(tokenizer)
     if pairwise:
@@ -117,7 +126,7 @@ def train_ppm(
     loaded = load_ppm(body, section, tokenizer)
     module = ScoreLoss(loaded.model, section)
     if torch.cuda.is_available():
-        module.to("cuda")
+        module.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
     def measure() -> tuple[PairMetrics | None, PairMetrics | None]:
         if not pairwise:
@@ -154,7 +163,7 @@ def pair_metrics(module: ScoreLoss, rows: Sequence[EncodedRow], section: PpmSect
     differences, weights = [], []
     for batch in micro_batches(rows, section.micro_batch_tokens, tree_packing=True, multiple_of=multiple_of)[0]:
         on_device = batch.to(device)
-        scores = module.scores(on_device)
+        scores = module(on_device, scores_only=True)
         differences.append((scores[on_device.which] - scores[on_device.other]).cpu().numpy())
         weights.append(batch.weight.numpy())
     module.train(training)

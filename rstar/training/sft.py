@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +12,8 @@ from rstar.config import TrainSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch
 from rstar.training.data import encode_rows, encode_sft, nothing_to_train
-from rstar.training.loop import LossModule, TrainResult, train
+from rstar.training.launch import in_processes, must_launch
+from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
 from rstar.training.losses import token_loss
 from rstar.training.models import load_policy, transformers_model
 from rstar.types import SftRow, TrainProgress
@@ -33,7 +35,7 @@ def train_policy(
     section: TrainSection,
     *,
     seed: int,
-    on_progress: Callable[[TrainProgress], None] = lambda progress: None,
+    on_progress: Callable[[TrainProgress], None] = no_progress,
 ) -> TrainResult:
     """Fine-tune `base` (a folder or hub id) on `rows` and write a plain checkpoint with its tokenizer to `output`.
 
@@ -43,6 +45,9 @@ def train_policy(
     """
     if not rows:
         raise nothing_to_train("solutions")
+    if must_launch(section.processes):
+        call = partial(train_policy, rows, base, output, section, seed=seed)
+        return in_processes(section.processes, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, encode_sft, SegmentEncoder(tokenizer), section.max_length)
     loaded = load_policy(base, section, tokenizer)
