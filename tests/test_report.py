@@ -89,7 +89,7 @@ def run(tmp_path: Path) -> Path:
     """A base with warm-up, a whole round 1, and round 2 after its extract stage."""
     run = RunDir(tmp_path / "demo")
     base, one, two = run.round(0), run.round(1), run.round(2)
-    _finish(base, "base", _trained(20, 2.0, 1.5), 60.0, {"warmup": {"enabled": True, "rows": 20, "source": "own"}})
+    _finish(base, "base", _trained(20, 2.0, 1.5), 60.0, {"warmup": {"enabled": True, "rows": 0, "source": "own"}})
     _evaluate(base, {"greedy": 1})
     _search(one, [_tree("p-1", solved=True), _tree("p-2", solved=False, level="2"), _tree("p-3", solved=False)],
             {"1": [1, 2], "2": [0, 1], "all": [1, 3]})  # fmt: skip
@@ -167,8 +167,8 @@ def test_the_table_says_the_figures_and_a_dash_where_there_is_none(run: Path) ->
     assert row[:4] == ["1", "50.0", "0.0", "33.3"]
     assert re.fullmatch(interval, row[4]) and row[5].startswith("75.0 [") and row[6:] == ["3", "380", "5.0"]
     assert _cells(main, "2 ")[1:] == ["50.0", "100.0", "66.7", "-", "-", "3", "300", "1.5"]
-    assert _cells(training, "0 base (warm-up)")[1:3] == ["20", "2.000 > 1.500"]
-    assert _cells(training, "1 ")[1:] == ["11", "1.250 > 0.500", "17", "0.693 > 0.250", "62.5", "8"]
+    assert _cells(training, "0 base (warm-up)")[1:3] == ["20", "2.000 → 1.500"]
+    assert _cells(training, "1 ")[1:] == ["11", "1.250 → 0.500", "17", "0.693 → 0.250", "62.5", "8"]
     assert "2 " not in [line[:2] for line in training.splitlines()]
     assert max(map(len, main.splitlines())) <= 100
 
@@ -287,9 +287,9 @@ def test_the_page_holds_figures_curves_and_trees_and_loads_nothing(run: Path) ->
     elements = _Elements(text)
     shown = " ".join(elements.text)
     assert path == run / "report.html" and not list(run.glob("*.tmp"))
-    for figure in ("66.7", "62.5", "1.250 > 0.500", "Training problems solved by search", "some/model", "own"):
+    for figure in ("66.7", "62.5", "1.250 → 0.500", "Training problems solved by search", "some/model", "own"):
         assert figure in shown
-    assert "The warm-up is on" in shown and "round 2 after its search stage" in shown
+    assert "fine-tuned on 20 worked solutions (own)" in shown and "round 2 after its search stage" in shown
     assert sum(tag == "svg" for tag, _ in elements.tags) >= 4
     assert not any(attrs.get("src") or attrs.get("href") for _, attrs in elements.tags)
     assert "http:" not in text and "https:" not in text

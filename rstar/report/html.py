@@ -133,9 +133,10 @@ def _warmup(found: Results) -> str:
     base = found.setting("model", "base") or "the base model"
     if not found.warmup:
         return f"No warm-up: every round's policy is trained from {base} itself." if 0 in found.settings else ""
-    rows, source = found.setting("warmup", "rows"), found.setting("warmup", "source")
+    trained, source = found.rounds[0].policy, found.setting("warmup", "source")
+    rows = f"{trained.rows:,} worked solutions" if trained else "worked solutions"
     return (
-        f"The warm-up is on: {base} was first fine-tuned on {rows} worked solutions ({source}), every round's policy "
+        f"The warm-up is on: {base} was first fine-tuned on {rows} ({source}), every round's policy "
         "is trained from that checkpoint, and row 0 measures it."
     )
 

@@ -227,7 +227,8 @@ function viewer(root) {
   root.hidden = false;
   filter();
   const asked = entries.findIndex((entry) => place(entry) === location.hash);
-  select(asked >= 0 ? asked : Math.max(0, entries.findIndex((entry) => entry.new || entry.solved)), true);
+  const telling = [(entry) => entry.new, (entry) => entry.solved, () => true].map((wanted) => entries.findIndex(wanted)).find((i) => i >= 0);
+  select(asked >= 0 ? asked : telling, true);
   if (asked >= 0) root.scrollIntoView();
 }
 

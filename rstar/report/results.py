@@ -282,9 +282,9 @@ def training_table(results: Results) -> Table:
         return (
             results.label(one.number),
             count(one.policy.rows if one.sft_rows is None and one.policy else one.sft_rows),
-            NONE if one.policy is None else f"{one.policy.first_loss:.3f} > {one.policy.mean_loss:.3f}",
+            NONE if one.policy is None else f"{one.policy.first_loss:.3f} → {one.policy.mean_loss:.3f}",
             count(one.pairs),
-            NONE if one.ppm is None else f"{one.ppm.first_loss:.3f} > {one.ppm.mean_loss:.3f}",
+            NONE if one.ppm is None else f"{one.ppm.first_loss:.3f} → {one.ppm.mean_loss:.3f}",
             NONE if pair is None else f"{100 * pair.accuracy:.1f}",
             count(None if pair is None else pair.pairs),
         )
@@ -292,7 +292,7 @@ def training_table(results: Results) -> Table:
     rows = [figures(one) for one in results.rounds if one.sft_rows is not None or one.policy]
     heldout = all(one.pairs_heldout for one in results.rounds if one.pairs_after)
     notes = (
-        "loss: first step > mean of the last epoch",
+        "loss: first step → mean of the last epoch",
         *(() if heldout else ("pair accuracy on the training pairs",)),
     )
     return Table(
