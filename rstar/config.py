@@ -115,9 +115,10 @@ class WarmupSection:
     """A small supervised start for base models that cannot follow the step format at all. Off in the paper's recipe."""
 
     enabled: bool = False
-    source: str = "gsm_symbolic"  # gsm_symbolic, gsm8k (needs path), or "memorise": the pool's own worked solutions
-    path: str = ""
-    rows: int = 200
+    source: str = "families"  # families: fresh problems of the pool's families; pool: the pool's own; gsm8k: needs path
+    families: dict[str, int] = field(default_factory=dict)  # label of problems.families -> rows
+    path: str = ""  # GSM8K's train.jsonl
+    rows: int = 0  # at most so many; 0: all
     epochs: int = 2
     learning_rate: float = 1e-4
     batch_size: int = 8

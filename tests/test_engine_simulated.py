@@ -78,7 +78,7 @@ async def test_usage_counts_what_was_generated_and_scored():
     await policy.generate(PromptText(("abc",)), SamplingParams(n=1))
     assert (policy.usage.generated_tokens, policy.usage.prompt_tokens, policy.usage.engine_calls) == (6, 7, 2)
     scorer = SimulatedScorer(lambda text: len(text) / 10)
-    assert await scorer.score(PromptText(("ab",)), ["c", "de"]) == [0.3, 0.4]
+    assert await scorer.score(PromptText(("ab",)), [["c"], ["d", "e"]]) == [0.3, 0.4]
     assert (scorer.usage.scored, scorer.usage.engine_calls) == (2, 1)
 
 

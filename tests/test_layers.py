@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "rstar"
 LAYERS = {
     "types": 0, "config": 0, "__init__": 0,
     "tree": 1, "prompts": 1, "problems": 1, "sandbox": 1,
-    "tokens": 2, "store": 2, "grading": 2, "warmup": 2,
-    "engines": 3,
+    "tokens": 2, "store": 2, "grading": 2,
+    "engines": 3, "warmup": 3,
     "search": 4, "extract": 4, "training": 4,
     "evaluation": 5, "rounds": 5,
     "cluster": 6, "report": 6,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from rstar.config import EngineSection
 from rstar.engines.base import squash
@@ -28,6 +29,8 @@ from rstar.engines.hf_rows import RowBuffer
 from rstar.engines.hf_sampling import sample_tokens
 from rstar.tokens import SegmentEncoder, TextStream, load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams, UserError
+
+logging.disable_progress_bar()  # weights load in seconds; the progress lines are ours
 
 _SHARED_WORTH_WAITING = 16  # tokens; a prompt waits a tick for another one with which it shares more uncomputed ones
 
@@ -315,11 +318,11 @@ class HfScorer(Engine[_Paths]):
         self._prefixes = PrefixCache(kept)
         self._queue: list[tuple[_Paths, int]] = []
 
-    async def score(self, prompt: PromptText, completions: Sequence[str]) -> list[float]:
-        """As Scorer.score. Each completion is one segment after the prompt's; no end token is added."""
+    async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
+        """As Scorer.score. Completions are segments after the prompt's; no end token is added."""
         if not completions:
             return []
-        ids = [tuple(self.encoder.encode((*prompt.segments, completion))) for completion in completions]
+        ids = [tuple(self.encoder.encode((*prompt.segments, *completion))) for completion in completions]
         longest = max(map(len, ids))
         if longest > self.max_context or min(map(len, ids)) < 1:
             raise UserError(

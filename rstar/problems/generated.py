@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain, zip_longest
@@ -85,6 +85,26 @@ def generate(section: ProblemsSection, dropped: Counter[str]) -> tuple[list[Prob
         taken = held_numbers[family.family]
         train.append(_distinct(family, section.seed, "train", family.count, dropped, texts, taken))
     return _round_robin(train), _round_robin(heldout)
+
+
+def fresh(
+    section: ProblemsSection, counts: Mapping[str, int], *, train: Sequence[Problem], heldout: Sequence[Problem]
+) -> list[Problem]:
+    """More problems of the section's families, from seeds of their own: `counts` per family label, round-robin.
+
+    None repeats the text of a problem in `train` or `heldout`, nor the numbers of a held-out one of its family.
+    """
+    by_label = {family.label: family for family in families(section)}
+    for label in counts:
+        if label not in by_label:
+            raise UserError(f"unknown family label {label!r}", need=f"one of {', '.join(by_label)}")
+    texts = {text_key(problem.question) for problem in (*train, *heldout)}
+    made = []
+    for label, count in counts.items():
+        family = by_label[label]
+        taken = {numbers_key(p.question) for p in heldout if p.source == family.family}
+        made.append(_distinct(family, section.seed, "warmup", count, Counter(), texts, taken))
+    return _round_robin(made)
 
 
 def items(family: str, settings: Mapping[str, Any], seed: int) -> Iterator[Mapping[str, Any]]:

@@ -174,7 +174,8 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         from rstar.training.sft import train_policy
         from rstar.warmup import warmup_rows
 
-        rows = warmup_rows(config.warmup, load_problems(config.problems), question_wrapper(base, config.model))
+        pool, wrap = load_problems(config.problems), question_wrapper(base, config.model)
+        rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, wrap)
         section = replace(
             config.sft,
             epochs=config.warmup.epochs,
