@@ -29,6 +29,7 @@ from rstar.types import OutcomeRow, PreferenceRow, TrainProgress, UserError
 
 CALIBRATION_BINS = 10
 MIN_PROBLEMS_FOR_HELDOUT = 10
+MEASURED_TRAIN_PAIRS = 256  # enough for +-3 points, and little beside a round's training
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PpmResult:
     heldout_problems: int
     heldout_before: PairMetrics | None
     heldout_after: PairMetrics | None
-    train_before: PairMetrics | None
+    train_before: PairMetrics | None  # on a sample of the training pairs
     train_after: PairMetrics | None
 
 
@@ -122,6 +123,7 @@ def train_ppm(
     heldout = held_out_problems([row.problem_id for row in encoded], section.heldout, seed)
     train_rows = [row for row in encoded if row.problem_id not in heldout]
     heldout_rows = [row for row in encoded if row.problem_id in heldout]
+    measured = sample_of_trees(train_rows, MEASURED_TRAIN_PAIRS, seed)
     torch.manual_seed(seed)  # the new head
     loaded = load_ppm(body, section, tokenizer)
     module = ScoreLoss(loaded.model, section)
@@ -131,7 +133,7 @@ def train_ppm(
     def measure() -> tuple[PairMetrics | None, PairMetrics | None]:
         if not pairwise:
             return None, None
-        return pair_metrics(module, heldout_rows, section), pair_metrics(module, train_rows, section)
+        return pair_metrics(module, heldout_rows, section), pair_metrics(module, measured, section)
 
     before = measure()
     after: list[tuple[PairMetrics | None, PairMetrics | None]] = []
@@ -149,6 +151,17 @@ def held_out_problems(problem_ids: Sequence[str], share: float, seed: int) -> se
         return set()
     count = max(1, round(share * len(problems)))
     return set(np.random.default_rng(seed).permutation(problems)[:count].tolist())
+
+
+def sample_of_trees(rows: Sequence[EncodedRow], count: int, seed: int) -> list[EncodedRow]:
+    """About `count` rows of randomly chosen trees, whole as long as they fit; all rows where there are no more."""
+    trees: dict[str, list[EncodedRow]] = {}
+    for row in rows:
+        trees.setdefault(row.tree_id, []).append(row)
+    chosen: list[EncodedRow] = []
+    for name in np.random.default_rng(seed).permutation(sorted(trees)):
+        chosen += trees[str(name)]
+    return chosen[:count]
 
 
 @torch.no_grad()
