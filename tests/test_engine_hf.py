@@ -254,7 +254,8 @@ async def test_scores_equal_the_stock_classifier_on_single_sequences(ppm: Path):
     stock = AutoModelForSequenceClassification.from_pretrained(ppm).eval()
     end = scorer.encoder.tokenizer.eos_token
     completions = ["x = 12\n<end_of_step>\n", "y\n", "# Step 1: add\nprint(12 + 7)\n<end_of_code>\n", f"x{end}", "y\n"]
-    calls = await asyncio.gather(*(scorer.score(prompt, completions) for prompt in PROMPTS))
+    segments = [[text] for text in completions]
+    calls = await asyncio.gather(*(scorer.score(prompt, segments) for prompt in PROMPTS))
     for prompt, scores in zip(PROMPTS, calls, strict=True):
         for completion, score in zip(completions, scores, strict=True):
             ids = torch.tensor([scorer.encoder.encode((*prompt.segments, completion))])
@@ -264,7 +265,7 @@ async def test_scores_equal_the_stock_classifier_on_single_sequences(ppm: Path):
                 if not completion.endswith(end):  # stock pooling skips an end token where it is the padding too
                     assert raw == pytest.approx(stock(ids).logits.item(), abs=1e-5)
             assert score == pytest.approx(squash(raw, 2.5), abs=1e-5)
-    again = await scorer.score(PROMPTS[2], completions)
+    again = await scorer.score(PROMPTS[2], segments)
     assert again == pytest.approx(calls[2], abs=1e-5)
     assert scorer.usage.scored == 30
     assert len({round(score, 6) for scores in calls for score in scores}) > 15
@@ -273,15 +274,15 @@ async def test_scores_equal_the_stock_classifier_on_single_sequences(ppm: Path):
 async def test_siblings_share_the_computation_of_their_prompt(ppm: Path):
     scorer = HfScorer(str(ppm), SECTION)
     prompt = PromptText(("Tom has 12 apples and buys 7 more. " * 10,))
-    completions = [f"x = {i}\n<end_of_step>\n" for i in range(8)]
+    completions = [[f"x = {i}\n<end_of_step>\n"] for i in range(8)]
     await scorer.score(prompt, completions)
-    own = sum(len(scorer.encoder.encode([completion])) for completion in completions)
+    own = sum(len(scorer.encoder.encode(completion)) for completion in completions)
     assert scorer.usage.prompt_tokens <= len(scorer.encoder.encode(prompt.segments)) + own
     assert await scorer.score(prompt, []) == []
 
 
 async def test_small_score_batches_give_the_same_scores(ppm: Path):
-    completions = [f"x = {i}\n" * (1 + i) for i in range(12)]
+    completions = [[f"x = {i}\n" * (1 + i), "end\n"] for i in range(12)]
     whole = await HfScorer(str(ppm), SECTION).score(PROMPTS[3], completions)
     small = HfScorer(str(ppm), EngineSection(dtype="float32", device="cpu", score_batch_tokens=10, cache_mib=1))
     assert await small.score(PROMPTS[3], completions) == pytest.approx(whole, abs=1e-5)
