@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="rstar",
-        description="Self-evolving math reasoning: tree search with executed steps, Q-values, SFT and a process preference model.",
+        description="Self-evolving math reasoning: tree search, executed steps, Q-values, SFT, preference model.",
         epilog=EXAMPLES,
         formatter_class=raw,
     )
@@ -72,15 +72,23 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, act: Any, text: str, example: str, *, config: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example:\n  {example}", formatter_class=raw
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=raw,
         )
         sub.set_defaults(act=act)
         if config:
             sub.add_argument("config", help="a YAML file, see configs/")
-            sub.add_argument("overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value")
+            sub.add_argument(
+                "overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value"
+            )
         return sub
 
-    evolve = command("evolve", _evolve, "run all rounds, or what is left of them", "rstar evolve configs/rstar_math/quickstart.yaml")
+    evolve = command(
+        "evolve", _evolve, "run all rounds, or what is left of them", "rstar evolve configs/rstar_math/quickstart.yaml"
+    )
     evolve.add_argument("--fresh", action="store_true", help="remove the run's folder first and start over")
     one = commands.add_parser(
         "round",
@@ -92,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(act=_round)
     one.add_argument("number", type=int, help="round number, 0 for the base")
     one.add_argument("config", help="a YAML file, see configs/")
-    one.add_argument("overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value")
+    one.add_argument(
+        "overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value"
+    )
     for name, text in (
         ("search", "grow one round's trees"),
         ("extract", "take one round's training rows from its trees"),
@@ -111,20 +121,36 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(act=_train)
     train.add_argument("what", choices=("policy", "ppm"))
     train.add_argument("config", help="a YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value")
+    train.add_argument(
+        "overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value"
+    )
     train.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
 
     show = command(
-        "show", _show, "print the search trees of a problem", "rstar show runs/quickstart --problem chain_sum-0003", config=False
+        "show",
+        _show,
+        "print the search trees of a problem",
+        "rstar show runs/quickstart --problem chain_sum-0003",
+        config=False,
     )
     show.add_argument("run", help="a run's folder")
     show.add_argument("--problem", default="", help="problem id; without it the ids are listed")
     show.add_argument("--round", type=int, default=None, dest="number", help="only this round")
     show.add_argument("--width", type=int, default=100, help="columns (default 100)")
-    report = command("report", _report, "write report.html and print the table", "rstar report runs/quickstart", config=False)
+    report = command(
+        "report", _report, "write report.html and print the table", "rstar report runs/quickstart", config=False
+    )
     report.add_argument("run", help="a run's folder")
-    command("config", _config, "print the resolved settings", "rstar config configs/rstar_math/quickstart.yaml search.c=1")
-    command("doctor", _doctor, "check this machine: versions, cores, memory, sandbox, model packages", "rstar doctor", config=False)
+    command(
+        "config", _config, "print the resolved settings", "rstar config configs/rstar_math/quickstart.yaml search.c=1"
+    )
+    command(
+        "doctor",
+        _doctor,
+        "check this machine: versions, cores, memory, sandbox, model packages",
+        "rstar doctor",
+        config=False,
+    )
     stage = commands.add_parser("stage")  # what `evolve` starts for each stage; holds no lock of its own
     stage.add_argument("number", type=int)
     stage.add_argument("stage")
@@ -187,7 +213,9 @@ def _run_process(options: argparse.Namespace, number: int, stage: str) -> None:
     command = [sys.executable, "-m", "rstar", "stage", str(number), stage, options.config, *options.overrides]
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise UserError(f"stage {stage} of round {number} ended with exit code {code}", how="mend it; the same command resumes")
+        raise UserError(
+            f"stage {stage} of round {number} ended with exit code {code}", how="mend it; the same command resumes"
+        )
 
 
 def _refresh(run: Path) -> str:

@@ -51,7 +51,9 @@ class ModelSection:
     """The policy's base model."""
 
     base: str = "???"  # a folder or a hub id; "smollm2" is the registry package's SmolLM2-135M-Instruct
-    template: str = "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
+    template: str = (
+        "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
+    )
     system: str = ""  # system message for the chat template
     step_tokens: bool = False  # add the step delimiters to the vocabulary (the base of all rounds is then a copy)
     few_shot: str = ""  # a YAML file of worked examples put before the question (bootstrap policies)
@@ -104,9 +106,13 @@ class ProblemsSection:
     limit: int = 0  # use the first N after de-duplication; 0: all
     heldout: int = 64  # problems kept apart for evaluation, never trained on
     heldout_path: str = ""  # a file of its own for the held-out set
-    families: dict[str, dict[str, Any]] = field(default_factory=dict)  # reasoning_gym: level -> {family, count, heldout, settings}
+    families: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # reasoning_gym: level -> {family, count, heldout, settings}
     levels: list[str] = field(default_factory=list)  # keep only these levels; empty: all
-    decontaminate: list[str] = field(default_factory=list)  # benchmarks or files whose problems are removed from the pool
+    decontaminate: list[str] = field(
+        default_factory=list
+    )  # benchmarks or files whose problems are removed from the pool
     seed: int = 1
 
 
@@ -242,7 +248,9 @@ def for_round(config: T, number: int) -> T:
         return config
     schema = type(config)
     merged = OmegaConf.merge(_schema_node(schema), OmegaConf.create(to_dict(config)))
-    return _to_object(schema, _merge(schema, cast(DictConfig, merged), OmegaConf.create(dict(overlay)), f"rounds.r{number}."))
+    return _to_object(
+        schema, _merge(schema, cast(DictConfig, merged), OmegaConf.create(dict(overlay)), f"rounds.r{number}.")
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -306,14 +314,16 @@ def _merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str =
     except OmegaConfBaseException as error:
         key = error.full_key or str(next(iter(layer)))
         reason = str(error).splitlines()[0].removeprefix("Merge error: ")
-        raise UserError(f"{prefix}{key}: {reason}", need=_expected(schema, key), how="see `rstar config FILE`") from error
+        raise UserError(
+            f"{prefix}{key}: {reason}", need=_expected(schema, key), how="see `rstar config FILE`"
+        ) from error
 
 
 def _expected(schema: type[Any], key: str) -> str:
     """What a dotted key takes, in words."""
     kind: Any = schema
     for name in key.split("[")[0].split("."):
-        kind = _field_types(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        kind = _field_types(cast(type[Any], kind)).get(name) if dataclasses.is_dataclass(kind) else None
     if kind is None:
         return ""
     if dataclasses.is_dataclass(kind):
@@ -326,7 +336,9 @@ def _to_object(schema: type[T], node: DictConfig) -> T:
         return cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         raise UserError(
-            f"{error.full_key} has no value", need=_expected(schema, error.full_key or ""), how=f"set it: {error.full_key}=..."
+            f"{error.full_key} has no value",
+            need=_expected(schema, error.full_key or ""),
+            how=f"set it: {error.full_key}=...",
         ) from error
 
 

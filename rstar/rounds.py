@@ -42,7 +42,7 @@ class StageRecord:
 
 
 class RoundDir:
-    """One round's folder: `round_01/{manifest.json, trees-*.jsonl.zst, sft.jsonl, pairs.jsonl, policy/, ppm/, eval/, eval.json}`."""
+    """One round's folder: `round_01/{manifest.json, trees-*, sft.jsonl, pairs.jsonl, policy/, ppm/, eval.json}`."""
 
     def __init__(self, root: Path, number: int) -> None:
         self.root, self.number = root, number

@@ -122,7 +122,7 @@ class Tree:
         return [child for child in self.children(node) if child.terminal is None and not child.exhausted]
 
     def update_exhausted(self, node: Node) -> None:
-        """Mark `node` exhausted if nothing below it can be selected, and its ancestors where that now holds for them."""
+        """Mark `node` exhausted if nothing below it can be selected; likewise its ancestors."""
         current: Node | None = node
         while current is not None and current.expanded and not self.selectable(current):
             current.exhausted = True
@@ -186,7 +186,9 @@ class Tree:
         head = dict(rows[0])
         if head.get("schema") != SCHEMA:
             raise UserError(
-                f"tree schema {head.get('schema')!r}", need=f"schema {SCHEMA}", how="read it with the version that wrote it"
+                f"tree schema {head.get('schema')!r}",
+                need=f"schema {SCHEMA}",
+                how="read it with the version that wrote it",
             )
         del head["schema"]
         head["problem"] = Problem(**head["problem"])
@@ -195,9 +197,7 @@ class Tree:
         for row in rows[1:]:
             fields = dict(row)
             terminal = fields.pop("terminal")
-            node = Node(
-                visit_count=fields.pop("n"), terminal=TerminalReason(terminal) if terminal else None, **fields
-            )
+            node = Node(visit_count=fields.pop("n"), terminal=TerminalReason(terminal) if terminal else None, **fields)
             tree.nodes.append(node)
             if node.parent is not None:
                 tree.nodes[node.parent].children.append(node.id)

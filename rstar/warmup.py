@@ -2,8 +2,8 @@
 
 Small base models cannot follow the step format at all, and the quickstart has no large bootstrap policy. Sources:
 
-* `families`: fresh problems of the pool's own generated families (seeds of their own, nothing shared with the held-out set
-  or the pool), solved by a template; word problems by the chain of calculations that their generator gives.
+* `families`: fresh problems of the pool's own generated families (seeds of their own, nothing shared with the held-out
+  set or the pool), solved by a template; word problems by the chain of calculations that their generator gives.
 * `pool`: the same for the pool's own problems; toy models memorise them.
 * `gsm8k`: GSM8K's own solutions, whose calculator annotations become code steps.
 
@@ -26,6 +26,7 @@ from rstar.sandbox import Sandbox
 from rstar.types import ExecutionStatus, Problem, SftRow, Step, UserError
 
 SOURCES = ("families", "pool", "gsm8k")
+
 
 def warmup_rows(
     section: WarmupSection,

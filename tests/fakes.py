@@ -58,7 +58,11 @@ def grow(
     )
     tree = Tree(tree_id=f"p#{seed}", problem=problem(answer), prompt=step_prompt("Q: q\n").segments, seed=seed)
     sampling = Sampling(
-        candidates=candidates, temperature=1.0, max_depth=max_depth, ppm_prior_visits=prior_visits, max_step_tokens=10_000
+        candidates=candidates,
+        temperature=1.0,
+        max_depth=max_depth,
+        ppm_prior_visits=prior_visits,
+        max_step_tokens=10_000,
     )
     return Expander(tree, tools, sampling)
 

@@ -70,7 +70,9 @@ def test_missing_broken_and_circular_files_are_user_errors(tmp_path: Path) -> No
 
 
 def test_round_overlay_applies_to_its_round_only() -> None:
-    config = load(Config, None, ["model=m", "search.rollouts=8", "rounds.r2.search.rollouts=16", "rounds.r2.search.use_ppm=true"])
+    config = load(
+        Config, None, ["model=m", "search.rollouts=8", "rounds.r2.search.rollouts=16", "rounds.r2.search.use_ppm=true"]
+    )
     assert [for_round(config, n).search.rollouts for n in (1, 2, 3)] == [8, 16, 8]
     assert for_round(config, 2).search.use_ppm and for_round(config, 2).model.base == "m"
 

@@ -36,7 +36,9 @@ def test_vote_of_nobody_is_nothing() -> None:
     assert vote([]) is None and top_score([]) is None
 
 
-@pytest.mark.parametrize(("n", "c", "k", "expected"), [(4, 0, 2, 0.0), (4, 4, 2, 1.0), (4, 1, 1, 0.25), (4, 1, 2, 0.5), (4, 2, 2, 5 / 6)])
+@pytest.mark.parametrize(
+    ("n", "c", "k", "expected"), [(4, 0, 2, 0.0), (4, 4, 2, 1.0), (4, 1, 1, 0.25), (4, 1, 2, 0.5), (4, 2, 2, 5 / 6)]
+)
 def test_pass_at_k_is_unbiased(n: int, c: int, k: int, expected: float) -> None:
     assert pass_at_k(n, c, k) == pytest.approx(expected)
 
@@ -86,6 +88,9 @@ async def test_problem_without_an_answer_counts_as_wrong() -> None:
 
 
 def test_levels_are_counted_in_order_with_all_last() -> None:
-    values = [(Problem(str(i), "q", "1", level=level), ok) for i, (level, ok) in enumerate([("2", True), ("1", False), ("2", False)])]
+    values = [
+        (Problem(str(i), "q", "1", level=level), ok)
+        for i, (level, ok) in enumerate([("2", True), ("1", False), ("2", False)])
+    ]
     assert by_level(values) == {"1": (0, 1), "2": (1, 2), "all": (1, 3)}
     assert list(by_level(values)) == ["1", "2", "all"]

@@ -15,8 +15,17 @@ from tests.fakes import branching, grow
 
 
 def test_g3_pairs_are_two_highest_that_lead_right_times_two_lowest_that_lead_wrong() -> None:
-    table = {"a": (0.8, 2, 0), "b": (0.5, 1, 1), "c": (0.1, 1, 0), "d": (-0.3, 0, 1), "e": (-0.6, 0, 3), "f": (-1.0, 0, 0)}
-    nodes = [Node(id=i, parent=0, text=k, visit_count=10, value_sum=q * 10) for i, (k, (q, _, _)) in enumerate(table.items())]
+    table = {
+        "a": (0.8, 2, 0),
+        "b": (0.5, 1, 1),
+        "c": (0.1, 1, 0),
+        "d": (-0.3, 0, 1),
+        "e": (-0.6, 0, 3),
+        "f": (-1.0, 0, 0),
+    }
+    nodes = [
+        Node(id=i, parent=0, text=k, visit_count=10, value_sum=q * 10) for i, (k, (q, _, _)) in enumerate(table.items())
+    ]
     counts = [(right, wrong) for _, right, wrong in table.values()]
     pairs = sibling_pairs(nodes, counts)
     found = {g.text + b.text: pytest.approx(g.q_value - b.q_value) for g, b in pairs}
@@ -24,10 +33,14 @@ def test_g3_pairs_are_two_highest_that_lead_right_times_two_lowest_that_lead_wro
 
 
 def test_one_positive_may_face_four_negatives_and_the_other_way_round() -> None:
-    nodes = [Node(id=i, parent=0, visit_count=1, value_sum=v) for i, v in enumerate([1.0, -0.2, -0.4, -0.6, -0.8, -1.0])]
+    nodes = [
+        Node(id=i, parent=0, visit_count=1, value_sum=v) for i, v in enumerate([1.0, -0.2, -0.4, -0.6, -0.8, -1.0])
+    ]
     counts = [(1, 0), *[(0, 1)] * 5]
     assert [(g.id, b.id) for g, b in sibling_pairs(nodes, counts)] == [(0, 5), (0, 4), (0, 3), (0, 2)]
-    flipped = [Node(id=i, parent=0, visit_count=1, value_sum=-v) for i, v in enumerate([1.0, -0.2, -0.4, -0.6, -0.8, -1.0])]
+    flipped = [
+        Node(id=i, parent=0, visit_count=1, value_sum=-v) for i, v in enumerate([1.0, -0.2, -0.4, -0.6, -0.8, -1.0])
+    ]
     counts = [(0, 1), *[(1, 0)] * 5]
     assert [(g.id, b.id) for g, b in sibling_pairs(flipped, counts)] == [(5, 0), (4, 0), (3, 0), (2, 0)]
 
@@ -93,7 +106,9 @@ async def test_deviation_D8_margin_and_edit_distance_filters_have_switches() -> 
     options = {"answer_pairs": False}
     everything = preference_rows(tree, min_margin=0.0, min_edit_distance=0, **options)
     assert len(preference_rows(tree, min_margin=1.99, min_edit_distance=0, **options)) < len(everything)
-    assert preference_rows(tree, min_margin=0.0, min_edit_distance=20, **options) == []  # the toy steps differ by one digit
+    assert (
+        preference_rows(tree, min_margin=0.0, min_edit_distance=20, **options) == []
+    )  # the toy steps differ by one digit
     assert len(preference_rows(tree, min_margin=0.0, min_edit_distance=1, **options)) == len(everything)
 
 

@@ -53,7 +53,20 @@ async def rows(case: str) -> list[dict[str, Any]]:
     expander, rollouts = CASES[case]()
     await Mcts(expander).search(rollouts)
     head, *nodes = expander.tree.to_rows()
-    keep = ("id", "parent", "text", "error", "n", "value_sum", "ppm_value", "multiplicity", "terminal", "answer", "reward", "stdout")
+    keep = (
+        "id",
+        "parent",
+        "text",
+        "error",
+        "n",
+        "value_sum",
+        "ppm_value",
+        "multiplicity",
+        "terminal",
+        "answer",
+        "reward",
+        "stdout",
+    )
     return [{"rollouts_done": head["rollouts_done"]}, *({k: node[k] for k in keep} for node in nodes)]
 
 

@@ -71,7 +71,9 @@ def test_every_part_has_a_layer() -> None:
     assert {part(path) for path in modules()} <= set(LAYERS)
 
 
-@pytest.mark.parametrize("name", ["rstar.config", "rstar.search.mcts", "rstar.search.collect", "rstar.cli", "rstar.recipes.rstar_math"])
+@pytest.mark.parametrize(
+    "name", ["rstar.config", "rstar.search.mcts", "rstar.search.collect", "rstar.cli", "rstar.recipes.rstar_math"]
+)
 def test_light_modules_leave_heavy_libraries_alone(name: str) -> None:
     code = f"import sys, {name}; print([m for m in ('torch', 'vllm', 'transformers', 'ray') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

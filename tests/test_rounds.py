@@ -13,7 +13,9 @@ from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
 from rstar.types import UserError
 
 
-def stage(here: RoundDir, calls: list[str], *, name: str = "extract", settings: dict | None = None, inputs: dict | None = None) -> Stage:
+def stage(
+    here: RoundDir, calls: list[str], *, name: str = "extract", settings: dict | None = None, inputs: dict | None = None
+) -> Stage:
     def work() -> StageResult:
         calls.append(name)
         here.sft.write_text(f"row {len(calls)}\n")
@@ -43,7 +45,9 @@ def test_stage_without_its_record_or_its_output_is_run_again(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"stages": {"extract": {"nonsense": 1}}}'])
-def test_damaged_manifest_counts_as_not_done_and_says_so(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_manifest_counts_as_not_done_and_says_so(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls: list[str] = []
     here = RunDir(tmp_path).round(1)
     stage(here, calls).execute()

@@ -92,7 +92,7 @@ async def test_later_frame_replaces_an_earlier_one_unless_that_was_complete(tmp_
     write(tmp_path, early, late)
     (ref,) = index(tmp_path).values()
     assert ref.complete and read_frame(ref).rollouts_done == late.rollouts_done
-    assert list(read_trees(tmp_path))[0].complete
+    assert next(iter(read_trees(tmp_path))).complete
     write(tmp_path, early, shard="w1")  # an old worker's leftover in another shard
     assert read_frame(index(tmp_path)["p#0"]).complete
 
@@ -110,8 +110,15 @@ def test_rows_load_with_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [OutcomeRow("q", "a", (("a", True),), float(i), "p", "p#0", (1, i)) for i in range(3)]
     assert write_rows(tmp_path / "rows.jsonl", rows) == 3
-    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "c"), split="train")
-    assert loaded["label"] == [0.0, 1.0, 2.0] and set(loaded.column_names) >= {"prompt", "completion", "label", "tree_id"}
+    loaded = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "c"), split="train"
+    )
+    assert loaded["label"] == [0.0, 1.0, 2.0] and set(loaded.column_names) >= {
+        "prompt",
+        "completion",
+        "label",
+        "tree_id",
+    }
 
 
 def test_unknown_schema_is_a_user_error() -> None:

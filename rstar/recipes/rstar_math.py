@@ -8,8 +8,8 @@ Deviations from the paper (P) or the official code (C), each with its switch:
 D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0. No switch: C's rule visits 1.5 of 12 root
     branches on a toy tree.
 D2  a child's PPM value counts as its first visit, as in C; P's Eq. 3 does not count it: search.ppm_prior_visits=0.
-D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once. C keeps
-    failed steps as children of value -1 that are never backed up.
+D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once.
+    C keeps failed steps as children of value -1 that are never backed up.
 D4  reaching max_depth without an answer is backed up as -1; C gives the node -1 and its ancestors nothing.
 D5  all distinct answer siblings are kept; C keeps the first finished candidate of an expansion and drops the rest.
 D6  PPM scores are tanh(raw / 5) and the loss is on raw scores, as in C; P has tanh in the head: ppm.tanh_in_loss=true,
@@ -25,15 +25,14 @@ D12 escalation adds rollouts to the same tree; P does not say whether it starts 
 D13 the answer step may get fewer samples than the others (off by default; the quickstart saves a third of its tokens):
     search.answer_candidates=2.
 D14 with warmup.enabled (the quickstart; off by default and in the paper's configs) the base of all rounds is a small
-    supervised start on worked code solutions of training problems, because a 135M model has no 236B bootstrap beside it.
+    supervised start on worked code solutions of training problems, because a 135M model has no 236B bootstrap model.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,9 @@ def check(config: Config) -> ProblemSet:
 
     problems = load_problems(config.problems)
     if not problems.train:
-        raise UserError("no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`")
+        raise UserError(
+            "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
+        )
     base = base_model(config)
     if config.model.template == "chat" and config.engine.kind != "simulated":
         check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
@@ -122,7 +123,7 @@ def check(config: Config) -> ProblemSet:
 
 
 def base_model(config: Config) -> str:
-    """Folder or hub id of the model that `model.base` names; checked, and converted or built where it is ours to make."""
+    """Folder or hub id of the model that `model.base` names; checked, converted or built where it is ours to make."""
     from rstar.tokens import check_model_folder
 
     match config.model.base:
@@ -245,7 +246,9 @@ def _tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
 
 def problem_trees(folder: Path) -> Iterator[list[Tree]]:
     """The complete trees of a folder, all seeds of a problem together, one problem in memory at a time."""
-    refs = sorted((ref for ref in index(folder).values() if ref.complete), key=lambda ref: ref.tree_id.rpartition("#")[0])
+    refs = sorted(
+        (ref for ref in index(folder).values() if ref.complete), key=lambda ref: ref.tree_id.rpartition("#")[0]
+    )
     for _, group in groupby(refs, key=lambda ref: ref.tree_id.rpartition("#")[0]):
         yield [read_frame(ref) for ref in group]
 
@@ -265,8 +268,12 @@ def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
         )
 
     def work() -> StageResult:
-        n_rows = write_rows(here.sft, (r for trees in problem_trees(here.trees) for r in sft_rows(trees, top=section.sft_top)))
-        n_pairs = write_rows(here.pairs, (p for trees in problem_trees(here.trees) for tree in trees for p in pairs(tree)))
+        n_rows = write_rows(
+            here.sft, (r for trees in problem_trees(here.trees) for r in sft_rows(trees, top=section.sft_top))
+        )
+        n_pairs = write_rows(
+            here.pairs, (p for trees in problem_trees(here.trees) for tree in trees for p in pairs(tree))
+        )
         if not n_rows:
             raise UserError(
                 f"round {number} found no correct trajectory", need="at least one solved problem",

@@ -63,18 +63,25 @@ class SearchProgress:
         self.line.show(f"{self.title}: {self.total} problems{resumed}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.line.show(self._text(), final=True)
 
     def _text(self) -> str:
         new = self.done - self.already
         rate = new / max(self.line.seconds, 1e-9)
-        eta = f"{(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else f"{self.line.seconds:.0f} s"
+        eta = (
+            f"{(self.total - self.done) / rate:.0f} s left"
+            if rate and self.done < self.total
+            else f"{self.line.seconds:.0f} s"
+        )
         failed = self.outcomes["code_error"] + self.outcomes["malformed"]
         steps = sum(self.outcomes.values())
         return (
             f"{self.title}: {self.done}/{self.total}  solved {self.solved / max(1, new):.0%}  "
-            f"{self.tokens / max(self.line.seconds, 1e-9):.0f} tok/s  steps {steps} ({failed / max(1, steps):.0%} failed)  {eta}"
+            f"{self.tokens / max(self.line.seconds, 1e-9):.0f} tok/s  "
+            f"steps {steps} ({failed / max(1, steps):.0%} failed)  {eta}"
         )
 
 
@@ -98,5 +105,7 @@ class TrainingProgress:
         self.line.show(self._text)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.line.show(f"{self._text}  ({self.line.seconds:.0f} s)", final=True)

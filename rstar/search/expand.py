@@ -137,13 +137,19 @@ class Expander:
         path = self.tree.path(node)
         after = kind_of(node.text) if path else None
         for candidate in candidates:
-            parsed = Malformed("cut off") if candidate.generation.cut_off else parse(candidate.generation.text, after=after)
+            parsed = (
+                Malformed("cut off") if candidate.generation.cut_off else parse(candidate.generation.text, after=after)
+            )
             if isinstance(parsed, Malformed):
                 candidate.terminal, candidate.error = TerminalReason.MALFORMED, parsed.reason
             else:
                 candidate.step = parsed
-        await asyncio.gather(*(self._run(path, c) for c in candidates if c.step is not None and c.step.code is not None))
-        await asyncio.gather(*(self._grade(c) for c in candidates if c.step is not None and c.step.kind is StepKind.ANSWER))
+        await asyncio.gather(
+            *(self._run(path, c) for c in candidates if c.step is not None and c.step.code is not None)
+        )
+        await asyncio.gather(
+            *(self._grade(c) for c in candidates if c.step is not None and c.step.kind is StepKind.ANSWER)
+        )
         for candidate in candidates:
             if candidate.terminal is None and len(path) + 1 >= self.sampling.max_depth:
                 candidate.terminal, candidate.reward = TerminalReason.MAX_DEPTH, -1.0
@@ -172,7 +178,9 @@ class Expander:
         if self.tools.scorer is None:
             return
         wanted = [
-            c for c in candidates if c.terminal is None or (c.terminal is TerminalReason.ANSWER and self.tools.grade is None)
+            c
+            for c in candidates
+            if c.terminal is None or (c.terminal is TerminalReason.ANSWER and self.tools.grade is None)
         ]
         if not wanted:
             return
@@ -196,7 +204,9 @@ class Expander:
             status=execution.status.value if execution else "",
             cpu_ms=execution.cpu_ms if execution else 0.0,
             ppm_value=candidate.ppm_value,
-            logprob=None if candidate.generation.logprob != candidate.generation.logprob else candidate.generation.logprob,
+            logprob=None
+            if candidate.generation.logprob != candidate.generation.logprob
+            else candidate.generation.logprob,
             tokens=candidate.generation.tokens,
             multiplicity=candidate.multiplicity,
             terminal=candidate.terminal,

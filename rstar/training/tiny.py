@@ -47,8 +47,8 @@ def build_tiny_model(folder: Path, *, seed: int = 0, texts: Sequence[str] = ()) 
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.2,  # the usual 0.02 makes greedy decoding of an untrained model repeat one token

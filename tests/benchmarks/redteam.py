@@ -1,16 +1,18 @@
 """Run a file of hostile programs through the sandbox.
 
-    python -m tests.benchmarks.redteam FILE [--level A+|A|B] [--only NAME ...] [--verbose]
+    python -m tests.benchmarks.redteam FILE [--level A+|A|B] [--only NAME ...] [--verbose] [--unlocked]
     python -m tests.benchmarks.redteam --control
 
-FILE is a JSON list of {name, code, expect, also, forbid, note}. `expect` and `also` are outcomes (ok, error, denied, timeout,
-memory, output_limit, killed); `forbid` is text that must not be printed, `file:PATH` that must not exist afterwards, or
-the name of a side effect. One line per unexpected outcome; the last line is `N programs, M unexpected`; exit code 1 if M > 0.
+FILE is a JSON list of {name, code, expect, also, forbid, note}. `expect` and `also` are outcomes (ok, error, denied,
+timeout, memory, output_limit, killed); `forbid` is text that must not be printed, `file:PATH` that must not exist
+afterwards, or the name of a side effect. One line per unexpected outcome; the last line is `N programs, M unexpected`;
+exit code 1 if M > 0.
 
-After every program, whatever it forbids: a canary step must answer right, alone and beside it; the zygote, the victim (a
+After every program, whatever it forbids: a canary step must answer right, beside it and after; the zygote, the victim (a
 process of the same user which holds secrets), the canary file and the list of processes must be as before.
 
 `--control` runs attacks of our own with the locks on and again with the locks off: the second time they must escape.
+`--unlocked` runs FILE with the locks off, to see which of its programs bite; root only, as it needs a throw-away user.
 
 Steps run as an unprivileged user: this program leaves root if that user can still reach the interpreter, and otherwise
 its zygotes leave root by themselves.
@@ -36,7 +38,7 @@ from pathlib import Path
 import psutil
 
 from rstar.config import SandboxSection
-from rstar.sandbox import NO_LOCKS, Host, Sandbox, probe
+from rstar.sandbox import NO_LOCKS, Host, Sandbox, SandboxError, probe
 from rstar.sandbox.locks import sandbox_uid
 from rstar.types import Execution, ExecutionStatus
 
@@ -66,44 +68,40 @@ class Program:
     forbid: tuple[str, ...] = ()
 
 
-# The control run: each prints ESCAPED if it got out. Signal 0 asks for permission only, so nobody is hurt.
+# The control run: each gets ESCAPED printed if nothing stopped it. Signal 0 only asks for permission: nobody is hurt.
 CONTROL = [
-    Program("network", f"import socket\nsocket.create_connection(('127.0.0.1', {TCP_PORT}), 1)\nprint('ESCAPED')", "denied"),
+    Program("network", f"import socket\nsocket.create_connection(('127.0.0.1', {TCP_PORT}), 1)", "denied"),
     Program(
         "udp",
-        f"import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {UDP_PORT}))\n"
-        "print('ESCAPED')",
+        f"import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {UDP_PORT}))",
         "denied",
     ),
-    Program(
-        "abstract socket", f"import socket\nsocket.socket(socket.AF_UNIX).connect({ABSTRACT!r})\nprint('ESCAPED')", "denied"
-    ),
-    Program("file read", f"print('ESCAPED' if {SECRET!r} in open('{FOLDER}/secret.txt').read() else '')", "denied"),
-    Program("list a folder", f"import os\nprint('ESCAPED', os.listdir('{FOLDER}'))", "denied"),
-    Program("file write", f"open('{FOLDER}/w/file', 'w').write('x')\nprint('ESCAPED')", "denied"),
-    Program("file mode", f"import os\nos.chmod('{FOLDER}/own.txt', 0o600)\nprint('ESCAPED')", "denied"),
-    Program("file remove", f"import os\nos.unlink('{FOLDER}/own.txt')\nprint('ESCAPED')", "denied"),
-    Program("signal", "import os\nos.kill(VICTIM, 0)\nprint('ESCAPED')", "denied"),
-    Program("signal the zygote", "import os\nos.kill(os.getppid(), 0)\nprint('ESCAPED')", "denied"),
+    Program("abstract socket", f"import socket\nsocket.socket(socket.AF_UNIX).connect({ABSTRACT!r})", "denied"),
+    Program("file read", f"assert {SECRET!r} in open('{FOLDER}/secret.txt').read()", "denied"),
+    Program("list a folder", f"import os\nos.listdir('{FOLDER}')", "denied"),
+    Program("file write", f"open('{FOLDER}/w/file', 'w').write('x')", "denied"),
+    Program("file mode", f"import os\nos.chmod('{FOLDER}/own.txt', 0o600)", "denied"),
+    Program("file remove", f"import os\nos.unlink('{FOLDER}/own.txt')", "denied"),
+    Program("signal", "import os\nos.kill(VICTIM, 0)", "denied"),
+    Program("signal the zygote", "import os\nos.kill(os.getppid(), 0)", "denied"),
     Program(
         "signal by descriptor owner",
-        "import fcntl, os, struct, time\nr, w = os.pipe()\n"
-        "fcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, 28)\n"  # 10: F_SETSIG; 28: SIGWINCH, ignored by default
-        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')\nprint('ESCAPED')",
+        "import fcntl, os\nr, w = os.pipe()\n"
+        "fcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, 28)\n"  # F_SETSIG; SIGWINCH hurts nobody
+        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')",
         "denied",
     ),
     Program(
         "environment",
-        f"print('ESCAPED' if {SECRET!r} in open(f'/proc/{{VICTIM}}/environ').read() else '')",
+        f"assert {SECRET!r} in open('/proc/VICTIM/environ').read()",
         "denied",
+        ("error",),  # in a process namespace there is no such file
     ),
-    Program("start a process", "import os\npid = os.fork()\nif pid == 0: os._exit(0)\nos.waitpid(pid, 0)\nprint('ESCAPED')",
-            "denied"),
-    Program("start a thread", "import threading\nthreading.Thread(target=int).start()\nprint('ESCAPED')", "error"),
+    Program("start a process", "import os\npid = os.fork()\nif pid == 0: os._exit(0)\nos.waitpid(pid, 0)", "denied"),
+    Program("start a thread", "import threading\nthreading.Thread(target=int).start()", "error"),
     Program("execute a program", "import os\nos.execv('/bin/echo', ['echo', 'ESCAPED'])", "denied"),
-    Program("limits of another", "import resource\nprint(resource.prlimit(VICTIM, resource.RLIMIT_NOFILE))\nprint('ESCAPED')",
-            "denied"),
-]  # fmt: skip
+    Program("limits of another", "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE)", "denied"),
+]
 
 
 def outcomes(execution: Execution) -> set[str]:
@@ -235,7 +233,10 @@ class Arena:
         self._folders = [os.readlink(f"/proc/{pid}/cwd") for pid in self._zygotes]
 
     async def _run(self, code: str) -> Execution:
-        return (await self._session.run(self._session.root, code))[1]
+        try:
+            return (await self._session.run(self._session.root, code))[1]
+        except SandboxError as error:  # only without locks can a program do that twice
+            return Execution(ExecutionStatus.KILLED, error=f"infrastructure: {error}")
 
     async def attack(self, program: Program) -> tuple[Execution, list[str]]:
         """Run a program beside and before a canary; returns what it did and everything that is wrong with it."""
@@ -291,17 +292,17 @@ class Arena:
                 yield from (child.pid for child in psutil.Process(pid).children(recursive=True))
         if os.geteuid() == 0:
             for process in psutil.process_iter(["pid", "uids"]):
-                if process.info["uids"] and process.info["uids"].real == self._around.uid:
-                    if process.pid != self._around.victim and process.status() != psutil.STATUS_ZOMBIE:
-                        yield process.pid
+                same_user = process.info["uids"] and process.info["uids"].real == self._around.uid
+                if same_user and process.pid != self._around.victim and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process.pid
 
 
-async def run_all(programs: list[Program], host: Host, *, verbose: bool) -> int:
+async def run_all(programs: list[Program], host: Host, *, verbose: bool, unlocked: bool = False) -> int:
     """Run every program; prints a line per unexpected outcome and returns their number."""
     around = Surroundings()
     unexpected = 0
     try:
-        async with Sandbox(LIMITS, host=host) as sandbox:
+        async with Sandbox(replace(LIMITS, unsafe_local_exec=unlocked), host=host) as sandbox:
             arena = Arena(sandbox, around)
             await arena.prepare()
             print(f"level {sandbox.level}, steps run as uid {sandbox.uid}", flush=True)
@@ -318,7 +319,7 @@ async def run_all(programs: list[Program], host: Host, *, verbose: bool) -> int:
 
 async def control(host: Host) -> int:
     """Own attacks with the locks on, then off. Returns how many behaved wrongly, either way."""
-    programs = [replace(program, forbid=("ESCAPED",)) for program in CONTROL]
+    programs = [replace(one, code=f"{one.code}\nprint('ESCAPED')", forbid=("ESCAPED",)) for one in CONTROL]
     print("locks on: each must be denied")
     wrong = await run_all(programs, host, verbose=True)
     print("locks off: each must escape")
@@ -331,9 +332,8 @@ async def control(host: Host) -> int:
                 _, execution = await session.run(session.root, code)
                 escaped = "ESCAPED" in execution.stdout
                 wrong += not escaped
-                print(
-                    f"{program.name}: {'escaped' if escaped else f'did not escape: {execution.status.value} {execution.error}'}"
-                )
+                seen = "escaped" if escaped else f"did not escape: {execution.status.value} {execution.error}"
+                print(f"{program.name}: {seen}")
                 around.damage()
     finally:
         around.close()
@@ -383,23 +383,25 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these programs only")
     parser.add_argument("--verbose", action="store_true", help="a line for every program")
     parser.add_argument("--control", action="store_true", help="own attacks with the locks on and off")
+    parser.add_argument("--unlocked", action="store_true", help="FILE with the locks off (root only)")
     arguments = parser.parse_args()
+    if arguments.unlocked and os.geteuid() != 0:
+        parser.error("--unlocked needs root, to run the programs as a user that owns nothing")
     if not arguments.control and arguments.file is None:
         parser.error("a FILE, or --control")
     if SECRETS.items() - os.environ.items():  # only a process started with them shows them in /proc/PID/environ
-        os.execve(
-            sys.executable, [sys.executable, "-m", "tests.benchmarks.redteam", *sys.argv[1:]], {**os.environ, **SECRETS}
-        )
+        again = [sys.executable, "-m", "tests.benchmarks.redteam", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **SECRETS})
     programs = load(arguments.file) if arguments.file else []
     leave_root()
-    host = host_of(arguments.level)
+    host = NO_LOCKS if arguments.unlocked else host_of(arguments.level)
     if arguments.control:
         unexpected = asyncio.run(control(host))
         print(f"{2 * len(CONTROL)} programs, {unexpected} unexpected")
         return 1 if unexpected else 0
     if arguments.only:
         programs = [program for program in programs if program.name in arguments.only]
-    unexpected = asyncio.run(run_all(programs, host, verbose=arguments.verbose))
+    unexpected = asyncio.run(run_all(programs, host, verbose=arguments.verbose, unlocked=arguments.unlocked))
     print(f"{len(programs)} programs, {unexpected} unexpected")
     return 1 if unexpected else 0
 
