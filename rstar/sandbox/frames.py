@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rstar.types import Execution, ExecutionStatus
@@ -41,6 +41,7 @@ class Ready:
     import_ms: float = 0.0
     lock_ms: float = 0.0
     resident_mib: float = 0.0
+    huge_mib: float = 0.0  # memory in huge pages, which a fork need not copy the page tables of
     unreachable: int = 0  # library folders that only their descriptors reach after root was dropped
 
 
@@ -80,7 +81,7 @@ M = TypeVar("M", Setup, Ready, Request, Reply)
 
 
 def pack(message: Message, body: bytes = b"") -> bytes:
-    header = json.dumps(asdict(message)).encode()  # ASCII only: lone surrogates of model text survive as escapes
+    header = json.dumps(vars(message)).encode()  # ASCII only: lone surrogates of model text survive as escapes
     return LENGTHS.pack(len(header), len(body)) + header + body
 
 

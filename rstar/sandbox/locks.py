@@ -34,8 +34,8 @@ SCOPE_ABSTRACT_UNIX_SIGNAL = 0b11  # ABI 6
 RULE_PATH_BENEATH = 1
 CREATE_RULESET_VERSION = 1
 
-# Uids that nobody has (systemd hands this range out dynamically), one per supervisor, so that the sandboxes of a node are
-# strangers to each other; "nobody" is for containers with a small uid map.
+# Uids that nobody has (systemd hands this range out dynamically), one per supervisor, so that the sandboxes of a node
+# are strangers to each other; "nobody" is for containers with a small uid map.
 FIRST_UID, UIDS, NOBODY = 61440, 2048, 65534
 OPEN_FILES = 64
 
@@ -61,6 +61,9 @@ STEP_IOCTL = (termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD, termios.FION
 # What the zygote calls besides, and each fork gives up before it runs a step.
 ZYGOTE_CALLS = ("clone", "kill", "prctl", "seccomp", "prlimit64")
 CLONE_FORBIDDEN = 0x7E020000 | 0x00010000 | 0x00000100  # new namespaces, threads, shared memory: linux/sched.h
+
+HUGE_PAGE = 2 << 20  # bytes; where it is another size the kernel refuses to collapse, which costs nothing
+MADV_COLLAPSE = 25  # asm-generic/mman-common.h
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -155,7 +158,7 @@ def sandbox_uid(supervisor: int) -> int:
 
 
 def drop_root(uid: int) -> None:
-    """Become `uid` (or nobody) for good; capabilities go with root. Does nothing for other users. OSError if it fails."""
+    """Become `uid` (or nobody) for good; capabilities go with root. Nothing to do for other users."""
     if os.geteuid() != 0 and os.getuid() != 0:
         return
     os.setgroups([])
@@ -179,6 +182,34 @@ def limit_resources(memory_bytes: int) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
     ):
         resource.setrlimit(kind, (value, value))
+
+
+def writable_memory() -> list[tuple[int, int]]:
+    """(start, end) of this process's private anonymous memory, in whole huge pages."""
+    found = []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, rights, _, _, inode, *name = line.split()
+            if rights.startswith("rw-p") and inode == "0" and name in ([], ["[heap]"]):
+                start, end = (int(bound, 16) for bound in span.split("-"))
+                start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+                if start < end:
+                    found.append((start, end))
+    return found
+
+
+def collapse_heap(spans: Iterable[tuple[int, int]]) -> int:
+    """Put those spans into huge pages where the kernel can (6.1 and later); returns the bytes for which it did.
+
+    A fork copies the page tables of all memory that was written to, and its end takes them down again: with huge pages
+    that is half of the cost of an evaluation.
+    """
+    done = 0
+    for start, end in spans:
+        for page in range(start, end, HUGE_PAGE):
+            if libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE), MADV_COLLAPSE) == 0:
+                done += HUGE_PAGE
+    return done
 
 
 def _export(rules: object) -> bytes:

@@ -23,6 +23,7 @@ START_SECONDS = 120.0  # bound on imports from a cold, slow disk
 GRACE_SECONDS = 60.0  # past an evaluation's own limits: a bound that only a bug or a frozen process reaches
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
+    "PYTHONIOENCODING": "utf-8:backslashreplace",  # what a step prints is never refused
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

@@ -17,7 +17,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from rstar.sandbox.scratch import in_memory_open
 
@@ -50,31 +50,20 @@ def describe(error: BaseException) -> tuple[bytes, str]:
     return kind, f"{name}: {line}" if line else name
 
 
-def _open_streams() -> io.TextIOWrapper:
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
-        encoding="utf-8",
-        errors="backslashreplace",
-        write_through=True,
-    )
-    stdout = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(STDOUT, "w", closefd=False)), encoding="utf-8", errors="backslashreplace"
-    )
-    sys.stdout = stdout
-    return stdout
-
-
-def _flush(stdout: io.TextIOWrapper) -> None:
+def _flush(stdout: TextIO) -> None:
     if not stdout.closed:
         stdout.flush()
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
+def seed_libraries(seed: int) -> None:
+    """Start the generators of numpy and sympy from `seed`. The zygote does it, once for many requests with one seed.
+
+    `random` itself must be seeded in the fork: it takes fresh entropy whenever a process forks.
+    """
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed(seed % 2**32)
+    if (sympy_random := sys.modules.get("sympy.core.random")) is not None:
+        sympy_random.seed(seed)
 
 
 def _compile(codes: list[str], index: int, flags: int) -> types.CodeType:
@@ -99,8 +88,8 @@ def run_program(codes: list[str], seed: int) -> NoReturn:
     opened = in_memory_open(open)
     builtins.open = io.open = opened
     sys.argv = [""]
-    stdout = _open_streams()
-    _seed(seed)
+    stdout = sys.stdout  # UTF-8 with escapes and block buffered: see process.ENVIRONMENT
+    random.seed(seed)
     flags, last = 0, len(codes) - 1
     try:
         for index in range(last):
@@ -128,7 +117,6 @@ def run_program(codes: list[str], seed: int) -> NoReturn:
 
 def run_entry(entry: Callable[[str], str], payload: str) -> NoReturn:
     """Run a trusted function on untrusted text; its result is the output."""
-    _open_streams()
     os.write(REPORT, REPORT_HEAD.pack(PREFIX_DONE, time.thread_time()))
     try:
         result = entry(payload).encode("utf-8", "backslashreplace")

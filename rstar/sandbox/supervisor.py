@@ -288,6 +288,13 @@ class Sandbox:
         assert self._steps is not None
         return await self._execute(self._steps, "run", [code], 0, cpu_seconds, 5 * cpu_seconds, 1 << 16)
 
+    async def bare_forks(self, count: int) -> float:
+        """Locked forks per second that only start and leave, on all zygotes at once: the floor under every evaluation."""
+        replies = await asyncio.gather(
+            *(zygote.ask(Request(-(1 << 40), "forks", seed=count, wall_seconds=60), 600) for zygote in self._zygotes)
+        )
+        return sum(count / reply.seconds for reply, _ in replies)
+
     async def _run(self, prefix: tuple[str, ...], code: str, seed: int) -> Execution:
         section = self._section
         size, program = _bytes(code), sum(map(_bytes, prefix))

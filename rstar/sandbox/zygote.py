@@ -26,6 +26,7 @@ from rstar.sandbox import locks, step
 from rstar.sandbox.frames import Ready, Reply, Request, Setup, pack, take
 
 PIPE_CHUNK = 1 << 16
+LOOK_AFTER = 0.01  # seconds; most forks are done by then, and their pipes need to be read only once
 REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
 BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
@@ -65,6 +66,7 @@ class Fork:
     next_check: float = 0.0
     wall_end: float = 0.0
     sampled: tuple[float, float] = (0.0, 0.0)  # (time, CPU seconds) when it was last found busy
+    watched: bool = False  # its pipes are polled
     prefix_cpu: float | None = None
     late: float = 0.0
     printed: bytearray = field(default_factory=bytearray)
@@ -84,6 +86,7 @@ class Server:
         self._forks: dict[int, Fork] = {}  # by pid
         self._pipes: dict[int, Fork] = {}  # by read end
         self._pid = os.getpid()
+        self._seed: int | None = None
         self._wake, wake_write = os.pipe()
         for end in (control, self._wake, wake_write):
             os.set_blocking(end, False)
@@ -163,6 +166,9 @@ class Server:
                 self._answer(Reply(request.id, "error", f"no entry {codes[0]!r} in this zygote"))
                 return None
             codes = codes[1:]
+        if request.seed != self._seed:
+            self._seed = request.seed
+            step.seed_libraries(request.seed)
         output_read, output_write = os.pipe()
         report_read, report_write = os.pipe()
         allowance = request.cpu_seconds * (len(codes) - 1)
@@ -176,14 +182,12 @@ class Server:
         fork = Fork(
             request.id, pid, _cpu_clock(pid), output_read, report_read, now,
             request.cpu_seconds, request.wall_seconds, request.output_bytes, allowance,
-            next_check=now + min(request.cpu_seconds, request.wall_seconds), wall_end=now + request.wall_seconds,
+            next_check=now + LOOK_AFTER, wall_end=now + request.wall_seconds,
             sampled=(now, 0.0),
         )  # fmt: skip
         self._forks[pid] = fork
         for end in (output_read, report_read):
             os.set_blocking(end, False)
-            self._pipes[end] = fork
-            self._poll.register(end, select.POLLIN)
         return None
 
     def _bare_forks(self, count: int) -> float:
@@ -218,9 +222,17 @@ class Server:
             self._forget(descriptor, fork)
         return bool(data)
 
+    def _watch(self, fork: Fork) -> None:
+        """Read its pipes as they fill, from now on."""
+        fork.watched = True
+        for end in (fork.output, fork.report):
+            self._pipes[end] = fork
+            self._poll.register(end, select.POLLIN)
+
     def _forget(self, descriptor: int, fork: Fork) -> None:
-        self._poll.unregister(descriptor)
-        del self._pipes[descriptor]
+        if fork.watched:
+            self._poll.unregister(descriptor)
+            del self._pipes[descriptor]
         os.close(descriptor)
         if descriptor == fork.report:
             fork.report = -1
@@ -243,6 +255,8 @@ class Server:
                 if fork.verdict:
                     fork.next_check = now + 1.0
                 continue
+            if not fork.watched:
+                self._watch(fork)
             used = _cpu_time(fork.clock)
             before = fork.prefix_cpu
             limit = fork.cpu_seconds + (fork.prefix_allowance if before is None else before)
@@ -403,10 +417,12 @@ def prepare(control: int) -> Server:
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("a library started a thread; the locks hold for a single-threaded process only")
         null = os.open("/dev/null", os.O_RDWR)
+        heap = locks.writable_memory()
         filter_, unreachable = lock(setup)
         server = Server(control, null, entries, filter_)
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # a collection in a fork must not write to, and so copy, what the zygote holds
+        collapsed = locks.collapse_heap(heap)
         ready = Ready(
             landlock_abi=setup.landlock_abi,
             seccomp=setup.seccomp,
@@ -415,6 +431,7 @@ def prepare(control: int) -> Server:
             import_ms=(imported - started) * 1e3,
             lock_ms=(time.perf_counter() - imported) * 1e3,
             resident_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            huge_mib=collapsed / (1 << 20),
             unreachable=unreachable,
         )
     except BaseException as error:

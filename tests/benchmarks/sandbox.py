@@ -1,0 +1,148 @@
+"""Speed of the sandbox, as one JSON object.
+
+    python -m tests.benchmarks.sandbox --json [--seconds 5]
+
+steps_per_second        arithmetic steps, enough in flight to fill every zygote
+bare_forks_per_second   locked fork + exit on the same zygotes in the same run: the floor under every step
+p50_ms, p99_ms          one arithmetic step after another, nothing else in flight
+prefix10_p50_ms         the same step at the end of a path of ten arithmetic steps
+sympy_path_speedup      a ten-step path with two dear sympy calls: time of running every node from the root in a fresh
+                        interpreter state, over ours
+kill_late_ms_p99        CPU time that an endless loop got past its limit
+parked_mb_per_state     memory of a state between runs; 0: states are recipes, nothing is kept alive
+latency_growth_1000     p50 with 1,000 live states over p50 with one
+start_seconds           from nothing to the first step, self-checks included
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+from rstar.config import SandboxSection
+from rstar.sandbox import Sandbox, Session, State
+from rstar.types import ExecutionStatus
+
+ARITHMETIC = "a = 48 / 2\nb = 48 + a\nprint(b)"
+SYMPY_PATH = [
+    "from sympy import *\nx, y = symbols('x y')",
+    "a = 3",
+    "roots_ = solve(x**4 - 10*x**2 + 9, x)",
+    "b = a * 2",
+    "s = sum(roots_)",
+    "area = integrate(x**2 * exp(-x) * sin(x), (x, 0, pi))",
+    "c = simplify(area + s)",
+    "d = c + b",
+    "e = N(d)",
+    "print(e)",
+]
+
+
+async def timed(action: Callable[[], Awaitable[object]]) -> float:
+    started = time.perf_counter()
+    await action()
+    return time.perf_counter() - started
+
+
+async def latencies(session: Session, states: list[State], count: int) -> list[float]:
+    """Milliseconds of `count` runs, one after another, over the states in turn."""
+    return [
+        1e3 * await timed(lambda state=states[i % len(states)]: session.run(state, ARITHMETIC))  # type: ignore[misc]
+        for i in range(count)
+    ]
+
+
+async def throughput(session: Session, seconds: float, width: int) -> float:
+    end, done = time.perf_counter() + seconds, 0
+
+    async def stream() -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            _, execution = await session.run(session.root, ARITHMETIC)
+            assert execution.stdout == "72.0\n"
+            done += 1
+
+    spent = await timed(lambda: asyncio.gather(*(stream() for _ in range(width))))
+    return done / spent
+
+
+async def path_times(session: Session) -> tuple[float, float]:
+    """Seconds to build the path of SYMPY_PATH node by node: every node from the root, and as the sandbox does it."""
+
+    async def from_root() -> None:
+        for depth in range(1, len(SYMPY_PATH) + 1):
+            _, execution = await session.run(session.root, "\n".join(SYMPY_PATH[:depth]))
+            assert execution.status is ExecutionStatus.OK, execution
+
+    async def ours() -> None:
+        state = session.root
+        for code in SYMPY_PATH:
+            state, execution = await session.run(state, code)
+            assert execution.status is ExecutionStatus.OK, execution
+
+    return await timed(from_root), await timed(ours)
+
+
+async def lateness(sandbox: Sandbox, count: int) -> list[float]:
+    late = []
+    for _ in range(count):
+        execution = await sandbox.run_limited("while True: pass", 0.2)
+        assert execution.status is ExecutionStatus.TIMEOUT
+        late.append(max(0.0, execution.cpu_ms - 200.0))
+    return late
+
+
+async def measure(seconds: float) -> dict[str, float | str]:
+    sandbox = Sandbox(SandboxSection())
+    start_seconds = await timed(sandbox.start)
+    try:
+        session = sandbox.session()
+        width = 2 * sandbox.processes
+        await throughput(session, seconds / 4, width)
+        forks_before = await sandbox.bare_forks(int(50 * seconds))
+        steps = await throughput(session, seconds, width)
+        forks = statistics.mean((forks_before, await sandbox.bare_forks(int(50 * seconds))))
+        alone = await latencies(session, [session.root], 200)
+        prefix = session.state([f"x{i} = {i} * 3 + 1\nprint(x{i})" for i in range(10)])
+        deep = await latencies(session, [prefix], 100)
+        states = [(await session.run(session.root, f"n = {i}"))[0] for i in range(1000)]
+        crowded = await latencies(session, states, 200)
+        from_root, ours = await path_times(session)
+        late = await lateness(sandbox, 20)
+        return {
+            "steps_per_second": steps,
+            "bare_forks_per_second": forks,
+            "steps_per_bare_fork": steps / forks,
+            "p50_ms": statistics.median(alone),
+            "p99_ms": statistics.quantiles(alone, n=100)[98],
+            "prefix10_p50_ms": statistics.median(deep),
+            "sympy_path_speedup": from_root / ours,
+            "kill_late_ms_p99": statistics.quantiles(late, n=100, method="inclusive")[98],
+            "parked_mb_per_state": 0.0,
+            "latency_growth_1000": statistics.median(crowded) / statistics.median(alone),
+            "start_seconds": start_seconds,
+            "processes": float(sandbox.processes),
+            "level": sandbox.level,
+        }
+    finally:
+        await sandbox.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object (else one line per number)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the throughput measurement")
+    arguments = parser.parse_args()
+    found = asyncio.run(measure(arguments.seconds))
+    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
+    print(json.dumps(rounded) if arguments.json else "\n".join(f"{name:24}{value}" for name, value in rounded.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
