@@ -81,7 +81,7 @@ def _connect(section: ClusterSection) -> None:
     if address not in ("local", "auto"):
         _probe(address)
     try:
-        ray.init(address=address, logging_level="warning", log_to_driver=True, **options)
+        ray.init(address=address, logging_level="error", log_to_driver=True, **options)
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, str(error).splitlines()[0]) from error
 
@@ -110,6 +110,7 @@ async def _on_ray(
     from ray.exceptions import RayActorError, RayTaskError
 
     remote_worker = ray.remote(SearchWorker)
+    threads = max(1, (os.cpu_count() or 1) // section.workers)  # Ray's own default is one thread per actor
     queue = deque(items)
     failures = 0
 
@@ -120,7 +121,7 @@ async def _on_ray(
                 num_cpus=section.cpus_per_worker,
                 num_gpus=section.gpus_per_worker,
                 max_concurrency=in_flight(job) + 8,
-                runtime_env={"env_vars": PASSIVE_WAIT},
+                runtime_env={"env_vars": {**PASSIVE_WAIT, "OMP_NUM_THREADS": str(threads)}},
             ).remote(job, f"w{number}")
             lost: BaseException | None = None
 
