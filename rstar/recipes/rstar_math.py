@@ -231,14 +231,16 @@ def _tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
     solved: dict[str, bool] = {}
     outcomes: Counter[str] = Counter()
     totals: Counter[str] = Counter()
+    sandbox: set[str] = set()
     for tree in read_trees(folder):
         solved[tree.problem.id] = solved.get(tree.problem.id, False) or tree.solved
+        sandbox.add(str(tree.settings.get("sandbox", "")))
         outcomes.update(node.terminal.value if node.terminal else "live" for node in tree.nodes[1:])
         totals.update(
             trees=1, nodes=len(tree.nodes) - 1, rollouts=tree.rollouts_done, tokens=tree.tokens, calls=tree.engine_calls
         )
     levels = by_level((problem, solved.get(problem.id, False)) for problem in pool)
-    return {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), **totals}
+    return {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), "sandbox": sorted(sandbox), **totals}
 
 
 # -- extract ---------------------------------------------------------------------------------------------------------

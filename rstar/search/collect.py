@@ -186,7 +186,7 @@ class SearchWorker:
             prompt=step_prompt(self._wrap(problem.question)).segments,
             recipe=self.job.recipe,
             searcher=section.method,
-            settings=asdict(section),
+            settings={**asdict(section), "sandbox": self.sandbox.level},
             seed=seed,
             policy=self.job.policy,
             ppm=self.job.ppm if section.use_ppm else "",
