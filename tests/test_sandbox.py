@@ -323,6 +323,30 @@ def test_a_prefix_does_not_use_up_the_cpu_time_of_a_step(box: Box) -> None:
     assert [execution.status for execution in box.run(burn, burn, burn)] == [ExecutionStatus.OK] * 3
 
 
+def test_a_step_deep_in_a_path_has_no_more_cpu_time_than_the_first(box: Box) -> None:
+    last = box.run(*["x = 1"] * 5, "while True: pass")[-1]
+    assert last.status is ExecutionStatus.TIMEOUT
+    assert 900 <= last.cpu_ms < 1500
+
+
+def test_sleep_of_earlier_steps_is_not_counted_against_a_step(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, wall_seconds=1.0, processes=1))
+    nap = "import time\ntime.sleep(0.6)"
+    assert [execution.status for execution in box.run(nap, nap, nap)] == [ExecutionStatus.OK] * 3
+
+
+def test_the_cost_of_prefixes_is_counted(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=1))
+    before = box.sandbox.counts.dear_prefixes
+    box.run("import time\nend = time.thread_time() + 0.1\nwhile time.thread_time() < end: pass", "x = 1", "y = 2")
+    assert box.sandbox.counts.dear_prefixes - before == 2
+    assert 0.2 < box.sandbox.counts.prefix_cpu_seconds < 0.6
+
+
+def test_error_text_cannot_drive_a_terminal(box: Box) -> None:
+    assert box.one("raise ValueError('\\x1b[2J\\r\\x85\\u2028end')").error == "ValueError: \\x1b[2J\\r\\x85\\u2028end"
+
+
 # What a step cannot reach. The self-checks (`attack`) hold at every start; these are the less common ways.
 
 
@@ -518,6 +542,22 @@ def test_a_cancelled_run_is_killed_at_once(own_box: Callable[..., Box]) -> None:
         return len(zygote.children())
 
     assert box.wait(cancel()) == 0
+
+
+def test_closing_fails_what_is_in_flight_and_leaves_nothing(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=1))
+    before = psutil.Process().children()
+
+    async def close_under_way() -> None:
+        session = box.sandbox.session()
+        running = asyncio.create_task(session.run(session.root, "import time\ntime.sleep(5)"))
+        await asyncio.sleep(0.2)
+        await box.sandbox.close()
+        await running
+
+    with pytest.raises(SandboxError, match="closed"):
+        box.wait(close_under_way())
+    assert len(psutil.Process().children()) == len(before) - 1
 
 
 def test_nothing_is_left_after_closing() -> None:

@@ -26,6 +26,8 @@ from collections.abc import Iterable, Sequence
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 
+CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+
 # Landlock rights: linux/landlock.h. A ruleset handles every right its ABI knows, so all of them are denied by default.
 FS_READ_FILE, FS_READ_DIR = 1 << 2, 1 << 3
 FS_RIGHTS_BY_ABI = ((1, 13), (2, 14), (3, 15), (5, 16))  # (first ABI, number of file-system rights it handles)
@@ -168,6 +170,13 @@ def drop_root(uid: int) -> None:
     except OSError:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, those of an unprivileged user with ambient ones too. OSError if the kernel objects."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    nothing = bytes(24)  # effective, permitted and inheritable sets, twice 32 bits each
+    _checked(libc.capset(ctypes.c_char_p(header), ctypes.c_char_p(nothing)), "capset")
 
 
 def limit_resources(memory_bytes: int) -> None:

@@ -129,7 +129,7 @@ class ZygoteProcess:
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._watch_over(patience))
         self._transport.write(pack(request))
-        bound = 4 * request.wall_seconds + GRACE_SECONDS
+        bound = 4 * request.wall_seconds * max(1, len(request.codes)) + GRACE_SECONDS
         try:
             return await asyncio.wait_for(future, bound)
         except TimeoutError:

@@ -15,7 +15,7 @@ from rstar.sandbox import levels, locks, preload
 from rstar.sandbox.entries import ENTRIES
 from rstar.sandbox.frames import Ready, Reply, Request, Setup
 from rstar.sandbox.process import ZygoteLost, ZygoteProcess
-from rstar.types import Execution, ExecutionStatus
+from rstar.types import Execution, ExecutionStatus, UserError
 
 if TYPE_CHECKING:
     from rstar.config import SandboxSection
@@ -28,6 +28,7 @@ MAX_PAYLOAD = 1 << 20  # bytes of text for `call`
 YOUNG = 2  # evaluations a zygote starts at once: one runs while the next is forked
 OLD_AFTER = 0.25  # seconds after which an evaluation no longer holds up others
 TOTAL = 8  # evaluations of a zygote alive at once; bounds the memory that hostile steps can hold
+DEAR_MS = 10.0
 REBUILDS = 3  # failed attempts at a new zygote before the pool gives up
 
 
@@ -42,6 +43,9 @@ class Counts:
     evaluations: int = 0
     infrastructure_failures: int = 0  # zygotes that died or stopped answering
     retries: int = 0  # evaluations started again because of that
+    step_cpu_seconds: float = 0.0  # spent in new steps
+    prefix_cpu_seconds: float = 0.0  # spent in running the steps before again
+    dear_prefixes: int = 0  # evaluations whose prefix took more than 10 ms of CPU: what keeping states alive would save
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Pool:
         self._waiting: deque[asyncio.Future[ZygoteProcess]] = deque()
         self._rebuilding: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
+        self._closed = False
 
     async def start(self) -> list[Ready]:
         self.zygotes = [ZygoteProcess(self._setup, self._prefix) for _ in range(self._size)]
@@ -95,6 +100,7 @@ class Pool:
         return [zygote.ready for zygote in self.zygotes]
 
     async def close(self) -> None:
+        self._closed = True
         for task in list(self._rebuilding):
             task.cancel()
         await asyncio.gather(*self._rebuilding, return_exceptions=True)
@@ -137,6 +143,8 @@ class Pool:
         return zygote
 
     async def _place(self) -> ZygoteProcess:
+        if self._closed:
+            raise SandboxError("the sandbox was closed")
         if self._failure is not None:
             raise SandboxError(f"no zygote could be started: {self._failure}") from self._failure
         zygote = self._reserve() if not self._waiting else None
@@ -164,7 +172,7 @@ class Pool:
             self._waiting.popleft().set_result(zygote)
 
     def _replace(self, lost: ZygoteProcess) -> None:
-        if lost in self.zygotes:
+        if lost in self.zygotes and not self._closed:
             self.zygotes.remove(lost)
             task = asyncio.get_running_loop().create_task(self._rebuild(lost))
             self._rebuilding.add(task)
@@ -176,11 +184,13 @@ class Pool:
             zygote = ZygoteProcess(self._setup, self._prefix)
             try:
                 await zygote.start()
-            except (ZygoteLost, OSError) as error:
+            except (ZygoteLost, UserError, OSError) as error:
+                await zygote.close()
                 log.warning("sandbox: a zygote could not be rebuilt (attempt %d): %s", attempt + 1, error)
                 failure: Exception = error
             else:
                 self.zygotes.append(zygote)
+                self._failure = None
                 self._hand_out()
                 return
         if not self.zygotes:
@@ -289,7 +299,7 @@ class Sandbox:
         return await self._execute(self._steps, "run", [code], 0, cpu_seconds, 5 * cpu_seconds, 1 << 16)
 
     async def bare_forks(self, count: int) -> float:
-        """Locked forks per second that only start and leave, on all zygotes at once: the floor under every evaluation."""
+        """Locked forks per second that start and leave, on all zygotes at once: the floor under every evaluation."""
         replies = await asyncio.gather(
             *(zygote.ask(Request(-(1 << 40), "forks", seed=count, wall_seconds=60), 600) for zygote in self._zygotes)
         )
@@ -323,6 +333,9 @@ class Sandbox:
             except ZygoteLost as second:
                 self.counts.infrastructure_failures += 1
                 raise SandboxError(f"the sandbox failed twice under one evaluation: {first}; {second}") from second
+        self.counts.step_cpu_seconds += reply.cpu_ms / 1e3
+        self.counts.prefix_cpu_seconds += reply.prefix_cpu_ms / 1e3
+        self.counts.dear_prefixes += reply.prefix_cpu_ms > DEAR_MS
         return reply.execution(printed)
 
     def _setup(self, modules: list[str], warm_up: str, entries: dict[str, str]) -> Setup:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from rstar.sandbox import locks, step
 from rstar.sandbox.frames import Ready, Reply, Request, Setup, pack, take
 
-PIPE_CHUNK = 1 << 16
+PIPE_CHUNK = 1 << 14
 LOOK_AFTER = 0.01  # seconds; most forks are done by then, and their pipes need to be read only once
 REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
@@ -55,7 +55,6 @@ class Fork:
 
     request: int
     pid: int
-    clock: int  # its CPU-time clock
     output: int  # read ends; -1 once at end of file
     report: int
     started: float
@@ -66,7 +65,8 @@ class Fork:
     next_check: float = 0.0
     wall_end: float = 0.0
     sampled: tuple[float, float] = (0.0, 0.0)  # (time, CPU seconds) when it was last found busy
-    watched: bool = False  # its pipes are polled
+    clock: int | None = None  # its CPU-time clock, once its pipes are polled too
+    reaped: bool = False
     prefix_cpu: float | None = None
     late: float = 0.0
     printed: bytearray = field(default_factory=bytearray)
@@ -179,15 +179,11 @@ class Server:
         os.close(output_write)
         os.close(report_write)
         now = time.monotonic()
-        fork = Fork(
-            request.id, pid, _cpu_clock(pid), output_read, report_read, now,
+        self._forks[pid] = Fork(
+            request.id, pid, output_read, report_read, now,
             request.cpu_seconds, request.wall_seconds, request.output_bytes, allowance,
-            next_check=now + LOOK_AFTER, wall_end=now + request.wall_seconds,
-            sampled=(now, 0.0),
+            next_check=now + LOOK_AFTER, wall_end=now + request.wall_seconds * len(codes), sampled=(now, 0.0),
         )  # fmt: skip
-        self._forks[pid] = fork
-        for end in (output_read, report_read):
-            os.set_blocking(end, False)
         return None
 
     def _bare_forks(self, count: int) -> float:
@@ -212,8 +208,11 @@ class Server:
             if fork.prefix_cpu is None and len(fork.said) >= step.REPORT_HEAD.size:
                 kind, cpu = step.REPORT_HEAD.unpack_from(fork.said)
                 if kind == step.PREFIX_DONE:
-                    fork.prefix_cpu = cpu if 0 <= cpu <= fork.prefix_allowance + 1.0 else 0.0
                     del fork.said[: step.REPORT_HEAD.size]
+                    fork.prefix_cpu = cpu if 0 <= cpu <= fork.prefix_allowance + 1.0 else 0.0
+                    now = time.monotonic()  # the step's own limits count from here
+                    fork.started, fork.wall_end, fork.next_check = now, now + fork.wall_seconds, now
+                    fork.sampled = (now, fork.prefix_cpu)
         else:
             fork.printed += data[: fork.output_bytes - len(fork.printed) + 1]
             if len(fork.printed) > fork.output_bytes and not fork.verdict:
@@ -222,15 +221,17 @@ class Server:
             self._forget(descriptor, fork)
         return bool(data)
 
-    def _watch(self, fork: Fork) -> None:
-        """Read its pipes as they fill, from now on."""
-        fork.watched = True
+    def _watch(self, fork: Fork) -> int:
+        """Look after a fork that did not end at once: read its pipes as they fill, follow its CPU time."""
+        fork.clock = _cpu_clock(fork.pid)
         for end in (fork.output, fork.report):
+            os.set_blocking(end, False)
             self._pipes[end] = fork
             self._poll.register(end, select.POLLIN)
+        return fork.clock
 
     def _forget(self, descriptor: int, fork: Fork) -> None:
-        if fork.watched:
+        if fork.clock is not None:
             self._poll.unregister(descriptor)
             del self._pipes[descriptor]
         os.close(descriptor)
@@ -243,7 +244,9 @@ class Server:
 
     def _kill(self, fork: Fork, verdict: str, reason: str) -> None:
         fork.verdict, fork.reason = verdict, reason
-        os.kill(fork.pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
+        if fork.reaped:
+            return  # its pid may be somebody else's by now
+        os.kill(fork.pid, signal.SIGKILL)
         if self.filter is None:
             with contextlib.suppress(OSError):
                 os.killpg(fork.pid, signal.SIGKILL)
@@ -255,9 +258,7 @@ class Server:
                 if fork.verdict:
                     fork.next_check = now + 1.0
                 continue
-            if not fork.watched:
-                self._watch(fork)
-            used = _cpu_time(fork.clock)
+            used = _cpu_time(fork.clock if fork.clock is not None else self._watch(fork))
             before = fork.prefix_cpu
             limit = fork.cpu_seconds + (fork.prefix_allowance if before is None else before)
             if used >= limit:
@@ -284,10 +285,14 @@ class Server:
             if pid == 0:
                 return
             fork = self._forks.pop(pid)
+            fork.reaped = True
             for end in (fork.output, fork.report):
-                while end >= 0 and self._read(end, fork):
-                    pass
-            for end in (fork.output, fork.report):  # still open only where a step without locks left a child behind
+                if end >= 0:
+                    if self.filter is None:  # without locks it may have left a child that holds the write end
+                        os.set_blocking(end, False)
+                    while self._read(end, fork):
+                        pass
+            for end in (fork.output, fork.report):
                 if end >= 0:
                     self._forget(end, fork)
             self._answer(
@@ -322,10 +327,19 @@ def _reply(fork: Fork, status: int, cpu: float) -> Reply:
     return Reply(
         fork.request,
         verdict,
-        " ".join(text.split("\n")) if verdict != "ok" else "",
+        _one_line(text) if verdict != "ok" else "",
         cpu_ms=max(0.0, spent - prefix) * 1e3,
         prefix_cpu_ms=prefix * 1e3,
         late_ms=fork.late * 1e3,
+    )
+
+
+def _one_line(text: str) -> str:
+    """Text of a fork, fit for a log: line breaks become spaces, what a terminal would act on becomes an escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else " " if one == "\n" else one.encode("unicode_escape").decode() for one in text
     )
 
 
@@ -458,6 +472,7 @@ def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
     step_filter = locks.Filter(locks.step_filter()) if setup.seccomp else None
     zygote_filter = locks.Filter(locks.zygote_filter()) if setup.seccomp else None
     locks.drop_root(setup.uid)
+    locks.drop_capabilities()
     unreachable = pin_libraries(roots, pinned)
     if not unreachable:
         os.closerange(FIRST_LIBRARY_FD, locks.OPEN_FILES)

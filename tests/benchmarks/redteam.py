@@ -8,8 +8,8 @@ timeout, memory, output_limit, killed); `forbid` is text that must not be printe
 afterwards, or the name of a side effect. One line per unexpected outcome; the last line is `N programs, M unexpected`;
 exit code 1 if M > 0.
 
-After every program, whatever it forbids: a canary step must answer right, beside it and after; the zygote, the victim (a
-process of the same user which holds secrets), the canary file and the list of processes must be as before.
+After every program, whatever it forbids: a canary step must answer right, beside it and after; the zygote, the victim
+(a process of the same user which holds secrets), the canary file and the list of processes must be as before.
 
 `--control` runs attacks of our own with the locks on and again with the locks off: the second time they must escape.
 `--unlocked` runs FILE with the locks off, to see which of its programs bite; root only, as it needs a throw-away user.
@@ -148,6 +148,7 @@ class Surroundings:
     def lay_out(self) -> None:
         """Files that the ordinary permissions give away: nothing but the locks protects them."""
         shutil.rmtree(FOLDER, ignore_errors=True)
+        Path("/dev/shm/redteam").unlink(missing_ok=True)
         (FOLDER / "w").mkdir(parents=True)
         for name in ("secret.txt", "own.txt"):
             (FOLDER / name).write_text(f"{SECRET}\n")
@@ -205,6 +206,7 @@ class Surroundings:
         return found
 
     def close(self) -> None:
+        Path("/dev/shm/redteam").unlink(missing_ok=True)
         os.kill(self.victim, signal.SIGKILL)
         os.waitpid(self.victim, 0)
         for listener in self._listeners:
