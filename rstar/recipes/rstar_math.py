@@ -240,7 +240,8 @@ def _tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
             trees=1, nodes=len(tree.nodes) - 1, rollouts=tree.rollouts_done, tokens=tree.tokens, calls=tree.engine_calls
         )
     levels = by_level((problem, solved.get(problem.id, False)) for problem in pool)
-    return {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), "sandbox": sorted(sandbox), **totals}
+    counts = {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), "sandbox": sorted(sandbox)}
+    return counts | totals
 
 
 # -- extract ---------------------------------------------------------------------------------------------------------
