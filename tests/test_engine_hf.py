@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rstar.config import EngineSection
 from rstar.engines.base import EngineError, squash
 from rstar.engines.hf import HfPolicy, HfScorer
+from rstar.engines.hf_packed import PackedLinear, pack_linears
 from rstar.engines.hf_prefix import PrefixCache, common_prefix
 from rstar.engines.hf_rows import _group
 from rstar.engines.hf_sampling import sample_tokens
@@ -118,20 +119,36 @@ async def test_sampled_logprobs_equal_a_teacher_forced_forward(reference, policy
         assert generation.tokens == len(ids) - start
 
 
-async def test_the_cache_changes_nothing_but_the_work(reference, tiny_model, policy):
-    engine, child = fresh(tiny_model), PROMPTS[0]
-    texts = []
-    for _ in range(3):
-        (generation,) = await engine.generate(child, GREEDY)
-        assert generation.text == greedy_text(reference, policy, child, 24)
-        texts.append(generation.text)
-        child = child.plus(generation.text + "\n")
-    first = len(engine.encoder.encode(PROMPTS[0].segments))
-    whole = len(engine.encoder.encode(child.segments))
-    assert first < engine.usage.prompt_tokens < whole - 40, "children were read in again"
+async def test_a_step_after_a_step_reads_in_only_what_is_new(reference, tiny_model, policy, monkeypatch):
+    engine, prompt, seen = fresh(tiny_model), PROMPTS[0], []
+    drop = engine._drop
+    monkeypatch.setattr(
+        engine, "_drop", lambda batch, row: seen.append(batch.samples[row].ids[:-1]) or drop(batch, row)
+    )
+    for _ in range(4):
+        ids = engine.encoder.encode(prompt.segments)
+        known = max((common_prefix(ids, other) for other in seen), default=0)
+        before = engine.usage.prompt_tokens
+        (generation,) = await engine.generate(prompt, GREEDY)
+        assert generation.text == greedy_text(reference, policy, prompt, 24)
+        assert engine.usage.prompt_tokens - before == max(1, len(ids) - known)
+        prompt = prompt.plus(generation.text + "\n")
     before = engine.usage.prompt_tokens
     await engine.generate(PROMPTS[0], SamplingParams(n=8, max_tokens=2))
     assert engine.usage.prompt_tokens == before + 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_what_plain_ones_do(rows, bias):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(96, 192, bias=bias), "head": torch.nn.Linear(96, 1)})
+    inputs = torch.randn(1, rows, 96)
+    with torch.inference_mode():
+        expected = model["body"](inputs)
+        assert pack_linears(model) == isinstance(model["body"], PackedLinear)
+        assert torch.allclose(model["body"](inputs), expected, atol=1e-5)
+    assert isinstance(model["head"], torch.nn.Linear)
 
 
 async def test_a_cache_too_small_for_anything_still_gives_the_right_text(reference, tiny_model, policy):
@@ -316,7 +333,11 @@ async def test_adapters_change_the_text_and_do_not_leak_into_each_other(referenc
         out = out[: out.index(policy.tokenizer.eos_token_id)] if policy.tokenizer.eos_token_id in out else out
         expected[name] = policy.tokenizer.decode(out, clean_up_tokenization_spaces=False)
     assert len(set(expected.values())) == 3
-    engine = HfPolicy(str(tiny_model), SECTION, adapters={name: str(tmp_path / name) for name in ("answer", "stop")})
+    engine = fresh(tiny_model)
+    assert (await engine.generate(PROMPTS[0], GREEDY))[0].text.startswith(expected[None])
+    for name, folder in (("answer", "stop"), ("stop", "stop"), ("answer", "answer")):  # the last one replaces the first
+        engine.load_adapter(name, str(tmp_path / folder))
+        await engine.generate(PROMPTS[0], SamplingParams(max_tokens=2, adapter=name))
     for _ in range(2):
         texts = await asyncio.gather(
             *(engine.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12, adapter=a)) for a in expected)

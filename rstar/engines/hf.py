@@ -24,6 +24,7 @@ from transformers.utils import logging
 from rstar.config import EngineSection
 from rstar.engines.base import squash
 from rstar.engines.hf_loop import Engine, Request, load_model, max_context, memory_limits
+from rstar.engines.hf_packed import pack_linears
 from rstar.engines.hf_prefix import Match, PrefixCache, common_prefix
 from rstar.engines.hf_rows import RowBuffer
 from rstar.engines.hf_sampling import sample_tokens
@@ -97,7 +98,9 @@ class HfPolicy(Engine[_Prompt]):
         super().__init__(section)
         self.tokenizer = load_tokenizer(model_path)
         self.encoder = SegmentEncoder(self.tokenizer)
+        self.model_path = model_path
         self.model = load_model(AutoModelForCausalLM, model_path, section)
+        self._packed = not adapters and pack_linears(self.model)
         self.max_context = max_context(self.model.config, section)
         self.seed = seed
         self._asked: dict[bytes, int] = {}
@@ -109,9 +112,18 @@ class HfPolicy(Engine[_Prompt]):
             self.load_adapter(name, folder)
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """Load a LoRA adapter (PEFT format) under a name that SamplingParams.adapter can give. Call it while idle."""
+        """Load a LoRA adapter (PEFT format) under a name that SamplingParams.adapter can give; while idle only.
+
+        Loading under a name that is taken replaces that adapter.
+        """
         if not (Path(folder) / "adapter_config.json").is_file():
             raise UserError(f"{folder} holds no LoRA adapter", need="adapter_config.json and its weights")
+        if self._packed:  # an adapter wraps plain layers
+            self.model, self._packed = load_model(AutoModelForCausalLM, self.model_path, self.section), False
+            self._batches.clear()
+        if name in self._adapters:
+            self.model.delete_adapter(name)
+            self._batches.pop(name, None)
         self.model.load_adapter(folder, adapter_name=name)
         self._adapters.add(name)
 
@@ -313,6 +325,7 @@ class HfScorer(Engine[_Paths]):
             )
         self.max_context = max_context(self.model.config, section)
         self.scale = float(getattr(self.model.config, "rstar_score_scale", 5.0))
+        pack_linears(self.model)
         rows, kept = memory_limits(section)
         self._rows = RowBuffer(self.model, rows)
         self._prefixes = PrefixCache(kept)
