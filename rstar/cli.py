@@ -211,7 +211,9 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
 
 def _run_process(options: argparse.Namespace, number: int, stage: str) -> None:
     command = [sys.executable, "-m", "rstar", "stage", str(number), stage, options.config, *options.overrides]
-    code = subprocess.run(command, check=False).returncode
+    from rstar.training.launch import end_with_parent  # nobody may write to a run folder whose lock is free
+
+    code = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
     if code:
         raise UserError(
             f"stage {stage} of round {number} ended with exit code {code}", how="mend it; the same command resumes"

@@ -48,7 +48,7 @@ def in_processes(
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(count))}
         with (folder / "log").open("wb") as log:
             processes = subprocess.Popen(
-                [*command, "-m", __name__, name], stdout=log, stderr=log, env=environment, preexec_fn=_end_with_parent
+                [*command, "-m", __name__, name], stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
             )
             try:
                 _follow(processes, metrics, on_progress)
@@ -67,7 +67,8 @@ def _threads(count: int) -> str:
     return str(max(1, len(os.sched_getaffinity(0)) // count)) if hasattr(os, "sched_getaffinity") else "1"
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """For a new process (`preexec_fn`): it is terminated when the process that started it dies, however that happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
