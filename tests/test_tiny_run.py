@@ -94,7 +94,9 @@ def test_finished_run_says_that_all_is_done(run: Path) -> None:
 def test_other_settings_are_refused_and_settings_a_stage_does_not_read_are_free(run: Path) -> None:
     out = rstar("evolve", CONFIG, "cluster=inline", f"run.dir={run}", "search.rollouts=9")
     assert out.returncode == 2 and "search.rollouts: 6 -> 9" in out.stderr and "Traceback" not in out.stderr
-    out = rstar("evolve", CONFIG, "cluster=inline", f"run.dir={run}", "rounds.r3.search.rollouts=9", "engine.max_batch=7")
+    out = rstar(
+        "evolve", CONFIG, "cluster=inline", f"run.dir={run}", "rounds.r3.search.rollouts=9", "engine.max_batch=7"
+    )
     assert out.returncode == 0 and "all done" in out.stdout
 
 

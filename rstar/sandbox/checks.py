@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from rstar.sandbox import levels
+from rstar.sandbox.process import ENVIRONMENT
 from rstar.types import Execution, ExecutionStatus, UserError
 
 if TYPE_CHECKING:
     from rstar.config import SandboxSection
     from rstar.sandbox.supervisor import Sandbox
-
-CANARY_VARIABLE = "RSTAR_SANDBOX_CANARY"
 
 
 class Check(NamedTuple):
@@ -71,8 +70,10 @@ def _attacks(secret_file: str, folder: str) -> list[_Attack]:
         ),
         _Attack(
             "see the environment",
-            f"import os\nprint({CANARY_VARIABLE!r} in os.environ)\nprint(open('/proc/self/environ').read())",
-            lambda execution: execution.status is ExecutionStatus.DENIED and execution.stdout == "False\n",
+            "import os\nprint(sorted(os.environ))\nprint(open('/proc/self/environ').read())",
+            lambda execution: (
+                execution.status is ExecutionStatus.DENIED and execution.stdout == f"{sorted(ENVIRONMENT)}\n"
+            ),
         ),
         _Attack("be root", "import os\nprint(0 in os.getresuid())", _prints("False\n")),
         _Attack("take memory", "x = bytearray(1 << 40)", _status(ExecutionStatus.MEMORY)),
@@ -87,7 +88,6 @@ async def attack(sandbox: Sandbox) -> list[Check]:
     """Run every attack on a started sandbox, then an innocent step."""
     folder = tempfile.mkdtemp(prefix="rstar-check-")
     secret_file = os.path.join(folder, "secret")
-    os.environ[CANARY_VARIABLE] = secrets.token_hex(8)
     try:
         os.chmod(folder, 0o777)  # the ordinary permissions allow everything here: only the locks can deny it
         with open(secret_file, "w") as file:
@@ -102,7 +102,6 @@ async def attack(sandbox: Sandbox) -> list[Check]:
         checks.append(Check("an innocent step", _prints("42\n")(innocent), _detail(innocent)))
         return checks
     finally:
-        del os.environ[CANARY_VARIABLE]
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -144,7 +143,7 @@ def checks(section: SandboxSection | None = None) -> list[Check]:
     async def attacks() -> list[Check]:
         try:
             await sandbox.start(check=False)
-            return await attack(sandbox)
+            return [Check("zygote", True, sandbox.describe_zygote()), *await attack(sandbox)]
         except (UserError, RuntimeError) as error:
             return [Check("start", False, str(error))]
         finally:

@@ -67,7 +67,6 @@ class Reply:
     error: str = ""
     cpu_ms: float = 0.0  # of the new code alone
     prefix_cpu_ms: float = 0.0
-    late_ms: float = 0.0  # CPU time spent past the limit when it was enforced
     seconds: float = 0.0  # "forks": how long they took
 
     def execution(self, printed: bytes) -> Execution:

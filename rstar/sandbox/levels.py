@@ -12,6 +12,7 @@ the CPU, honesty of a step about its own result. For truly adversarial code put 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def level_of(host: Host, *, allow_unsafe: bool) -> str:
         return "A+" if host.namespaces else "A"
     if host.seccomp and host.landlock_abi >= 1:
         return "B"
-    if allow_unsafe:
+    if allow_unsafe and sys.platform == "linux":
         return "unsafe"
     missing = " and ".join(
         name for name, there in (("Landlock", host.landlock_abi > 0), ("seccomp", host.seccomp)) if not there
@@ -64,7 +65,7 @@ def level_of(host: Host, *, allow_unsafe: bool) -> str:
     raise UserError(
         f"no {missing} on this host ({host.problem or platform.platform()})",
         need="Linux 5.13 or later with Landlock enabled (lsm=landlock,...) and libseccomp 2.5.2 or later",
-        how=f"run on such a kernel, or pass --unsafe-local-exec (sandbox.unsafe_local_exec=true): then {LOST}",
+        how=f"use such a kernel, or (on Linux) pass --unsafe-local-exec (sandbox.unsafe_local_exec=true): then {LOST}",
     )
 
 
@@ -73,19 +74,13 @@ def _bubblewrap_command() -> tuple[str, ...]:
     if program is None:
         return ()
     # The capabilities let root leave root inside; without root bubblewrap has none to give and ignores them.
-    capabilities = ("CAP_SETUID", "CAP_SETGID", "CAP_DAC_READ_SEARCH") if _is_root() else ()
+    capabilities = ("CAP_SETUID", "CAP_SETGID", "CAP_DAC_READ_SEARCH") if os.geteuid() == 0 else ()
     return (
         program, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         "--as-pid-1",
         *(word for name in capabilities for word in ("--cap-add", name)),
         "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc",
     )  # fmt: skip
-
-
-def _is_root() -> bool:
-    import os
-
-    return os.geteuid() == 0
 
 
 def _works(command: Sequence[str]) -> bool:
@@ -118,9 +113,9 @@ def probe() -> Host:
     """Look at this machine; namespaces are probed by using them. Cached: a kernel does not change under a process."""
     if sys.platform != "linux":
         return Host(0, False, (), f"{sys.platform} has neither")
-    problem = _seccomp_problem()
-    abi = locks.landlock_abi()
+    seccomp_problem, abi = _seccomp_problem(), locks.landlock_abi()
+    problem = seccomp_problem
     if not problem and not abi:
         problem = "the kernel lacks Landlock, or it is not among its active security modules"
     command = _bubblewrap_command()
-    return Host(abi, not _seccomp_problem(), command if command and _works(command) else (), problem)
+    return Host(abi, not seccomp_problem, command if command and _works(command) else (), problem)

@@ -242,6 +242,14 @@ class Sandbox:
         """Processes that are serving steps at this moment."""
         return [zygote.pid for zygote in self._zygotes if zygote.alive]
 
+    def describe_zygote(self) -> str:
+        """One line for `rstar doctor`."""
+        ready = self._zygotes[0].ready
+        return (
+            f"imports {ready.import_ms / 1e3:.2f} s, locks {ready.lock_ms:.0f} ms, {ready.resident_mib:.0f} MiB "
+            f"({ready.huge_mib:.0f} in huge pages), uid {ready.uid}"
+        )
+
     @property
     def _zygotes(self) -> list[ZygoteProcess]:
         return self._steps.zygotes if self._steps is not None else []
