@@ -30,10 +30,7 @@ D14 with warmup.enabled (the quickstart; off by default and in the paper's confi
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +51,17 @@ from rstar.config import (
     for_round,
     to_dict,
 )
-from rstar.evaluation import by_level, eval_record, measures
 from rstar.extract.preferences import preference_rows
 from rstar.extract.sft import sft_rows
-from rstar.grading import Grader
 from rstar.problems import ProblemSet, load_problems
+from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.measuring import eval_passes, evaluate, problem_trees, tree_counts
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.store import index, read_frame, read_trees, shards, write_json, write_rows
+from rstar.store import shards, write_json, write_rows
 from rstar.tree import Tree
-from rstar.types import PreferenceRow, Problem, SftRow, UserError
+from rstar.types import PreferenceRow, SftRow, UserError
 
 
 @dataclass(frozen=True)
@@ -116,38 +113,17 @@ def check(config: Config) -> ProblemSet:
         raise UserError(
             "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
         )
-    base = base_model(config)
+    base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
     if config.model.template == "chat" and config.engine.kind != "simulated":
         check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
     return problems
-
-
-def base_model(config: Config) -> str:
-    """Folder or hub id of the model that `model.base` names; checked, converted or built where it is ours to make."""
-    from rstar.tokens import check_model_folder
-
-    match config.model.base:
-        case "smollm2":
-            from rstar.training.models import cache_folder, smollm2_checkpoint
-
-            return str(smollm2_checkpoint(cache_folder()))
-        case "tiny":
-            from rstar.training.tiny import build_tiny_model
-
-            folder = run_dir(config).path / "tiny_model"
-            return str(folder if folder.exists() else build_tiny_model(folder, seed=config.run.seed))
-        case path_or_id:
-            if Path(path_or_id).exists() or path_or_id.startswith((".", "/", "~")):
-                check_model_folder(Path(path_or_id).expanduser())
-                return str(Path(path_or_id).expanduser())
-            return path_or_id
 
 
 def base_checkpoint(config: Config, run: RunDir) -> str:
     """What every round's policy is trained from: the warm-up where there is one, else the base model itself."""
     if config.warmup.enabled:
         return str(run.round(0).policy)
-    return str(_start(run)) if config.model.step_tokens else base_model(config)
+    return str(_start(run)) if config.model.step_tokens else base_model(config.model, run.path, seed=config.run.seed)
 
 
 def _start(run: RunDir) -> Path:
@@ -163,7 +139,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
     settings = {"model": to_dict(config.model), "warmup": to_dict(config.warmup), "problems": to_dict(config.problems)}
 
     def work() -> StageResult:
-        base, outputs = base_model(config), []
+        base, outputs = base_model(config.model, run.path, seed=config.run.seed), []
         if config.model.step_tokens:
             from rstar.training.vocabulary import with_step_tokens
 
@@ -215,45 +191,18 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             engine=config.engine,
             sandbox=config.sandbox,
             model=config.model,
-            policy=_absolute(base_checkpoint(config, run) if number == 1 else str(before.policy)),
-            ppm=_absolute(str(before.ppm)) if config.search.use_ppm else "",
+            policy=absolute(base_checkpoint(config, run) if number == 1 else str(before.policy)),
+            ppm=absolute(str(before.ppm)) if config.search.use_ppm else "",
         )
         todo = unfinished(pool, job, 0)
         with SearchProgress(f"round {number} search", total=len(pool), already=len(pool) - len(todo)) as progress:
             search_all(job, todo, config.cluster, progress)
-        return StageResult(tuple(shards(here.path)), _tree_counts(pool, here.path))
+        return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
 
     return Stage(here, "search", settings, inputs, work)
 
 
-def _tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
-    """What the trees of a folder hold in all; streams them."""
-    solved: dict[str, bool] = {}
-    outcomes: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    sandbox: set[str] = set()
-    for tree in read_trees(folder):
-        solved[tree.problem.id] = solved.get(tree.problem.id, False) or tree.solved
-        sandbox.add(str(tree.settings.get("sandbox", "")))
-        outcomes.update(node.terminal.value if node.terminal else "live" for node in tree.nodes[1:])
-        totals.update(
-            trees=1, nodes=len(tree.nodes) - 1, rollouts=tree.rollouts_done, tokens=tree.tokens, calls=tree.engine_calls
-        )
-    levels = by_level((problem, solved.get(problem.id, False)) for problem in pool)
-    counts = {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), "sandbox": sorted(sandbox)}
-    return counts | totals
-
-
 # -- extract ---------------------------------------------------------------------------------------------------------
-
-
-def problem_trees(folder: Path) -> Iterator[list[Tree]]:
-    """The complete trees of a folder, all seeds of a problem together, one problem in memory at a time."""
-    refs = sorted(
-        (ref for ref in index(folder).values() if ref.complete), key=lambda ref: ref.tree_id.rpartition("#")[0]
-    )
-    for _, group in groupby(refs, key=lambda ref: ref.tree_id.rpartition("#")[0]):
-        yield [read_frame(ref) for ref in group]
 
 
 def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
@@ -331,34 +280,6 @@ def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def _eval_passes(config: Config, folder: Path, with_ppm: bool) -> dict[str, SearchPass]:
-    section = config.eval
-    base = replace(config.search, escalate=[], checkpoint_rollouts=0, seeds=[0], use_ppm=False, method="sample")
-    passes: dict[str, SearchPass] = {}
-    for method in section.methods:
-        match method:
-            case "greedy":
-                search = replace(base, rollouts=1, temperature=0.0)
-            case "sample":
-                search = replace(base, rollouts=section.samples, temperature=section.temperature)
-            case "mcts":
-                if not with_ppm:
-                    continue
-                search = replace(
-                    base,
-                    method="mcts",
-                    use_ppm=True,
-                    rollouts=section.rollouts,
-                    candidates=section.candidates,
-                    temperature=section.temperature,
-                    seeds=list(range(section.trajectories)),
-                )
-            case other:
-                raise UserError(f"eval.methods has {other}", need="greedy, sample, mcts")
-        passes[method] = SearchPass((folder / method).resolve(), search, test_time=True)
-    return passes
-
-
 def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
     here = run.round(number)
     settings = {
@@ -375,21 +296,21 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
 
     def work() -> StageResult:
         heldout = load_problems(config.problems).heldout[: config.eval.problems or None]
-        passes = _eval_passes(config, here.eval, with_ppm=number > 0)
+        passes = eval_passes(config.eval, config.search, here.eval, with_ppm=number > 0)
         job = SearchJob(
             passes=tuple(passes.values()),
             engine=config.engine,
             sandbox=config.sandbox,
             model=config.model,
-            policy=_absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
-            ppm=_absolute(str(here.ppm)) if number else "",
+            policy=absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
+            ppm=absolute(str(here.ppm)) if number else "",
         )
         sets = {m: heldout if m != "mcts" else heldout[: config.eval.search_problems or None] for m in passes}
         todo = [item for i, m in enumerate(passes) for item in unfinished(sets[m], job, i)]
         total = sum(len(problems) for problems in sets.values())
         with SearchProgress(f"round {number} evaluation", total=total, already=total - len(todo)) as progress:
             search_all(job, todo, config.cluster, progress)
-        results = {m: _evaluate(m, passes[m].folder, config) for m in passes}
+        results = {m: evaluate(m, passes[m].folder, config.eval, config.sandbox) for m in passes}
         write_json(here.eval_json, {"round": number, "methods": results})
         outputs = [here.eval_json, *(shard for one in passes.values() for shard in shards(one.folder))]
         folder = here.path.resolve()
@@ -399,29 +320,3 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
         )
 
     return Stage(here, "eval", settings, inputs, work)
-
-
-def _evaluate(method: str, folder: Path, config: Config) -> dict[str, Any]:
-    import asyncio
-
-    from rstar.sandbox import Sandbox
-
-    async def grade_all() -> list[Any]:
-        async with Sandbox(config.sandbox) as sandbox:
-            grader = Grader(sandbox)
-            return [await eval_record(trees, grader.is_equivalent) for trees in problem_trees(folder)]
-
-    records = asyncio.run(grade_all())
-    return {
-        "measures": {name: asdict(m) for name, m in measures(method, records, top_k=config.eval.top_k).items()},
-        "problems": len(records),
-        "tokens": sum(r.tokens for r in records),
-        "engine_calls": sum(r.engine_calls for r in records),
-        "seconds": round(sum(r.seconds for r in records), 2),
-        "records": [asdict(r) for r in records],
-    }
-
-
-def _absolute(path_or_id: str) -> str:
-    """Workers run in another folder: local paths travel absolute, hub ids as they are."""
-    return str(Path(path_or_id).resolve()) if Path(path_or_id).exists() else path_or_id

@@ -68,7 +68,7 @@ def _threads(count: int) -> str:
 
 
 def end_with_parent() -> None:
-    """For a new process (`preexec_fn`): it is terminated when the process that started it dies, however that happens."""
+    """For a new process (`preexec_fn`): it is terminated when the process that started it dies, however that is."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

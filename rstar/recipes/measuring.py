@@ -1,0 +1,104 @@
+"""What every recipe reads off its trees: counts of a search, and the methods of an evaluation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rstar.config import EvalSection, SandboxSection, SearchSection
+from rstar.evaluation import EvalRecord, by_level, eval_record, measures
+from rstar.grading import Grader, is_equivalent_fast
+from rstar.sandbox import Sandbox
+from rstar.search.collect import SearchPass
+from rstar.store import index, read_frame, read_trees
+from rstar.tree import Tree
+from rstar.types import Problem, UserError
+
+
+def problem_trees(folder: Path) -> Iterator[list[Tree]]:
+    """The complete trees of a folder, all seeds of a problem together, one problem in memory at a time."""
+    complete = [ref for ref in index(folder).values() if ref.complete]
+    by_problem = sorted(complete, key=lambda ref: ref.tree_id.rpartition("#")[0])
+    for _, group in groupby(by_problem, key=lambda ref: ref.tree_id.rpartition("#")[0]):
+        yield [read_frame(ref) for ref in group]
+
+
+def tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
+    """What the trees of a folder hold in all; streams them."""
+    solved: dict[str, bool] = {}
+    outcomes: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    sandbox: set[str] = set()
+    for tree in read_trees(folder):
+        solved[tree.problem.id] = solved.get(tree.problem.id, False) or tree.solved
+        sandbox.add(str(tree.settings.get("sandbox", "")))
+        outcomes.update(node.terminal.value if node.terminal else "live" for node in tree.nodes[1:])
+        totals.update(
+            trees=1, nodes=len(tree.nodes) - 1, rollouts=tree.rollouts_done, tokens=tree.tokens, calls=tree.engine_calls
+        )
+    levels = by_level((problem, solved.get(problem.id, False)) for problem in pool)
+    counts = {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), "sandbox": sorted(sandbox)}
+    return counts | totals
+
+
+def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, with_ppm: bool) -> dict[str, SearchPass]:
+    """One search pass per evaluation method; `mcts` needs a PPM and is left out without one."""
+    base = replace(search, escalate=[], checkpoint_rollouts=0, seeds=[0], use_ppm=False, method="sample")
+    passes: dict[str, SearchPass] = {}
+    for method in section.methods:
+        match method:
+            case "greedy":
+                one = replace(base, rollouts=1, temperature=0.0)
+            case "sample":
+                one = replace(base, rollouts=section.samples, temperature=section.temperature)
+            case "mcts":
+                if not with_ppm:
+                    continue
+                one = replace(
+                    base,
+                    method="mcts",
+                    use_ppm=True,
+                    rollouts=section.rollouts,
+                    candidates=section.candidates,
+                    temperature=section.temperature,
+                    seeds=list(range(section.trajectories)),
+                )
+            case other:
+                raise UserError(f"eval.methods has {other}", need="greedy, sample, mcts")
+        passes[method] = SearchPass((folder / method).resolve(), one, test_time=True)
+    return passes
+
+
+def evaluate(method: str, folder: Path, section: EvalSection, sandbox: SandboxSection) -> dict[str, Any]:
+    """Grade the trees of one method and measure them; the sandbox starts only for answers that need algebra."""
+    records = asyncio.run(_records(folder, sandbox))
+    return {
+        "measures": {name: asdict(m) for name, m in measures(method, records, top_k=section.top_k).items()},
+        "problems": len(records),
+        "tokens": sum(r.tokens for r in records),
+        "engine_calls": sum(r.engine_calls for r in records),
+        "seconds": round(sum(r.seconds for r in records), 2),
+        "records": [asdict(r) for r in records],
+    }
+
+
+async def _records(folder: Path, section: SandboxSection) -> list[EvalRecord]:
+    async with AsyncExitStack() as stack:
+        grader: Grader | None = None
+
+        async def same(answer: str, reference: str) -> bool:
+            nonlocal grader
+            quick = is_equivalent_fast(answer, reference)
+            if quick is not None:
+                return quick
+            if grader is None:
+                grader = Grader(await stack.enter_async_context(Sandbox(section)))
+            return await grader.is_equivalent(answer, reference)
+
+        return [await eval_record(trees, same) for trees in problem_trees(folder)]
