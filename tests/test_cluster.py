@@ -160,7 +160,8 @@ def test_killed_ray_worker_loses_only_its_problems_in_flight(tmp_path: Path, ray
 
 def test_cluster_that_is_not_there_is_a_user_error() -> None:
     code = (
-        "from rstar.cluster import _connect\nfrom rstar.config import ClusterSection\nfrom rstar.types import UserError\n"
+        "from rstar.cluster import _connect\nfrom rstar.config import ClusterSection\n"
+        "from rstar.types import UserError\n"
         "try: _connect(ClusterSection(address='127.0.0.1:1'))\nexcept UserError as e: print('USER', e)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
