@@ -51,8 +51,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def stops(after: StepKind | None) -> tuple[str, ...]:
-    """Stop strings for the step that follows a step of kind `after` (None: the first step)."""
-    return (END_OF_ANSWER,) if after is StepKind.CODE else (END_OF_STEP, END_OF_CODE)
+    """Stop strings for the step that follows a step of kind `after` (None: the first step).
+
+    Delimiters that would be out of place here end the text as well: it is malformed from there on, and whatever a weak
+    model went on to write would be paid for. Four in all, which every server takes.
+    """
+    if after is StepKind.CODE:
+        return (END_OF_ANSWER, END_OF_STEP, END_OF_CODE, "<output>")
+    return (END_OF_STEP, END_OF_CODE, END_OF_ANSWER, "<output>")
 
 
 def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
@@ -63,7 +69,7 @@ def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
     """
     delimiter = next((d for d in _STOP_KIND if text.endswith(d)), None)
     if delimiter is None:
-        return Malformed("cut off")
+        return Malformed("imitates a delimiter" if text.endswith("<output>") else "cut off")
     kind = _STOP_KIND[delimiter]
     body = text[: -len(delimiter)]
     if any(d in body for d in DELIMITERS):

@@ -115,6 +115,7 @@ async def test_failed_step_is_kept_as_record_never_a_parent_and_changes_no_ances
         ("x = 1\n", "cut off"),
         ("<end_of_step>", "empty"),
         ("a\n<output>5<end_of_output>\nb<end_of_step>", "imitates"),
+        ("a\n<answer>\\boxed{1}<end_of_step>", "imitates"),
         ("\\boxed{1}<end_of_answer>", "answer before"),
     ],
 )
