@@ -79,11 +79,12 @@ class ZygoteProcess:
         info_read, info_write = os.pipe()
         self._stderr, stderr_write = os.pipe()
         os.set_blocking(self._stderr, False)
-        self._folder = tempfile.mkdtemp(prefix="rstar-sandbox-")  # an empty working folder; steps cannot write to it
-        os.chmod(self._folder, 0o755)
+        if not self._setup.seccomp:  # without locks a step could empty its working folder: give it one of its own
+            self._folder = tempfile.mkdtemp(prefix="rstar-sandbox-")
+            os.chmod(self._folder, 0o755)
         command = [sys.executable, "-s", "-B", "-P", "-c", MAIN, str(theirs.fileno())]
         if self._prefix:
-            command = [*self._prefix, "--info-fd", str(info_write), "--chdir", self._folder, "--", *command]
+            command = [*self._prefix, "--info-fd", str(info_write), "--chdir", "/", "--", *command]
         environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
         try:
             self._process = subprocess.Popen(
@@ -93,7 +94,7 @@ class ZygoteProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr_write,
-                cwd=self._folder,
+                cwd=self._folder or "/",
                 start_new_session=True,
             )
         finally:

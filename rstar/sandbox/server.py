@@ -116,7 +116,7 @@ class Server:
 
     def _receive(self) -> Job | None:
         with contextlib.suppress(BlockingIOError):
-            data = os.read(self._control, 1 << 20)
+            data = os.read(self._control, 1 << 16)
             if not data:
                 os._exit(0)  # the supervisor is gone; PR_SET_PDEATHSIG takes the forks along
             self._incoming += data

@@ -232,7 +232,8 @@ class Arena:
 
     def _remember(self) -> None:
         self._zygotes = self._sandbox.zygote_pids()
-        self._folders = [os.readlink(f"/proc/{pid}/cwd") for pid in self._zygotes]
+        folders = [os.readlink(f"/proc/{pid}/cwd") for pid in self._zygotes]
+        self._folders = [folder for folder in folders if folder != "/"]  # with the locks on there is no scratch at all
 
     async def _run(self, code: str) -> Execution:
         try:
