@@ -190,7 +190,7 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
         problems = module.check(config)
         print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
         waiting = [s for number in numbers for s in module.stages(config, number)]
-        while waiting and waiting[0].round.record(waiting[0].name) and waiting[0].finished():
+        while waiting and waiting[0].finished() is not None:  # a missing earlier stage is found before Ray starts
             waiting.pop(0)
         if waiting:
             with ray_session(config.cluster):
@@ -246,13 +246,14 @@ def _stage(options: argparse.Namespace) -> int:
         module.check(config)
         from rstar.cluster import ray_session
 
-        with ray_session(config.cluster):
-            for stage in module.stages(config, options.number):
-                if stage.name in options.stages:
-                    if stage.finished() is not None:
-                        print(f"{stage.round.path}: {stage.name} is done")
-                    else:
-                        _run_process(options, options.number, stage.name)
+        for stage in module.stages(config, options.number):
+            if stage.name not in options.stages:
+                continue
+            if stage.finished() is not None:
+                print(f"{stage.round.path}: {stage.name} is done")
+                continue
+            with ray_session(config.cluster):
+                _run_process(options, options.number, stage.name)
     finally:
         run.release()
     return 0

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils import logging
 
 from rstar.config import EngineSection
 from rstar.engines.base import squash
@@ -30,8 +29,6 @@ from rstar.engines.hf_rows import RowBuffer
 from rstar.engines.hf_sampling import sample_tokens
 from rstar.tokens import SegmentEncoder, TextStream, load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams, UserError
-
-logging.disable_progress_bar()  # weights load in seconds; the progress lines are ours
 
 _SHARED_WORTH_WAITING = 16  # tokens; a prompt waits a tick for another one with which it shares more uncomputed ones
 

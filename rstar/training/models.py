@@ -30,8 +30,6 @@ from rstar.config import PpmSection, TrainSection
 from rstar.training.packing import ATTENTION
 from rstar.types import UserError
 
-logging.disable_progress_bar()  # weights load in seconds; the progress lines are ours
-
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
 SCORE_SCALE_KEY = "rstar_score_scale"  # config.json of a PPM: the score is tanh(raw / this)
 HEAD_INIT_STD = 1e-3  # small, so that a fresh PPM calls every pair a draw; the official code has 1e-6
