@@ -18,7 +18,10 @@ def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
         case "smollm2":
             from rstar.training.models import cache_folder, smollm2_checkpoint
 
-            return str(smollm2_checkpoint(cache_folder()))
+            folder = cache_folder()
+            if not any(folder.glob("*")):
+                print("converting SmolLM2-135M-Instruct into a plain checkpoint (once, about half a minute)", flush=True)
+            return str(smollm2_checkpoint(folder))
         case "tiny":
             from rstar.training.tiny import build_tiny_model
 

@@ -114,7 +114,7 @@ def check(config: Config) -> ProblemSet:
             "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
         )
     base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
-    if config.model.template == "chat" and config.engine.kind != "simulated":
+    if config.engine.kind != "simulated":
         check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
     return problems
 
