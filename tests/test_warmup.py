@@ -85,21 +85,29 @@ def test_step_tokens_cost_one_each_and_the_text_stays_the_same(tmp_path: Path, t
     assert len(ids) < len(before.encode(solution, add_special_tokens=False))
 
 
-def test_new_tokens_start_as_the_mean_of_their_pieces(tmp_path: Path, tiny_model: Path) -> None:
+def test_new_tokens_start_near_their_own_pieces_and_apart_from_each_other(tmp_path: Path, tiny_model: Path) -> None:
+    """With a plain mean two delimiters that share most pieces started as good as equal, and were not learned apart."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from rstar.prompts import END_OF_CODE, END_OF_STEP
     from rstar.tokens import load_tokenizer
     from rstar.training.vocabulary import with_step_tokens
 
-    text = STEP_TOKENS[1]
-    pieces = load_tokenizer(tiny_model).encode(text, add_special_tokens=False)
+    before, old = load_tokenizer(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
     folder = with_step_tokens(str(tiny_model), tmp_path / "start")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    old = AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings().weight
-    (new,) = load_tokenizer(folder).encode(text, add_special_tokens=False)
-    assert torch.allclose(model.get_input_embeddings().weight[new], old[pieces].mean(dim=0), atol=1e-6)
-    assert torch.equal(model.get_input_embeddings().weight[: len(old)], old)
+    table = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    known = old.get_input_embeddings().weight
+    assert torch.equal(table[: len(known)], known)
+    new, plain = [], []
+    for text in (END_OF_STEP + "\n", END_OF_CODE + "\n"):
+        pieces = before.encode(text, add_special_tokens=False)
+        (token,) = load_tokenizer(folder).encode(text, add_special_tokens=False)
+        low, high = known[pieces].min(dim=0).values, known[pieces].max(dim=0).values
+        assert ((table[token] >= low - 1e-6) & (table[token] <= high + 1e-6)).all()
+        new.append(table[token])
+        plain.append(known[pieces].mean(dim=0))
+    assert (new[0] - new[1]).norm() > 1.5 * (plain[0] - plain[1]).norm()
 
 
 def test_frozen_layers_stay_as_they_are(tmp_path: Path, tiny_model: Path) -> None:
