@@ -20,7 +20,7 @@ def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
 
             folder = cache_folder()
             if not any(folder.glob("*")):
-                print("converting SmolLM2-135M-Instruct into a plain checkpoint (once, about half a minute)", flush=True)
+                print("converting SmolLM2-135M-Instruct to a plain checkpoint (once, half a minute)", flush=True)
             return str(smollm2_checkpoint(folder))
         case "tiny":
             from rstar.training.tiny import build_tiny_model

@@ -22,8 +22,8 @@ def with_step_tokens(base: str, output: Path) -> Path:
     """Write a copy of `base` that has STEP_TOKENS in its vocabulary; returns `output`.
 
     A new token starts as a mean of the embeddings of the pieces that spelled it, weighted by 1 / (delimiters that share
-    the piece)^2. With a plain mean `<end_of_step>` and `<end_of_code>` would start as good as equal, and a short warm-up
-    did not tell them apart.
+    the piece)^2. With a plain mean `<end_of_step>` and `<end_of_code>` start as good as equal, and a short warm-up does
+    not tell them apart.
     """
     tokenizer = load_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
