@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
+    def with_config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", help="a YAML file, see configs/")
+        text = "key=value settings laid over the file"
+        sub.add_argument("overrides", nargs="*", default=[], help=text, metavar="key=value")
+
     def command(name: str, act: Any, text: str, example: str, *, config: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
@@ -80,29 +85,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(act=act)
         if config:
-            sub.add_argument("config", help="a YAML file, see configs/")
-            sub.add_argument(
-                "overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value"
-            )
+            with_config(sub)
         return sub
 
     evolve = command(
         "evolve", _evolve, "run all rounds, or what is left of them", "rstar evolve configs/rstar_math/quickstart.yaml"
     )
     evolve.add_argument("--fresh", action="store_true", help="remove the run's folder first and start over")
-    one = commands.add_parser(
-        "round",
-        help="run one round",
-        description="Run one round (0 is the base model).",
-        epilog="example:\n  rstar round 2 configs/rstar_math/quickstart.yaml search.rollouts=16",
-        formatter_class=raw,
+    one = command(
+        "round", _round, "run one round", "rstar round 2 configs/rstar_math/quickstart.yaml search.c=1", config=False
     )
-    one.set_defaults(act=_round)
     one.add_argument("number", type=int, help="round number, 0 for the base")
-    one.add_argument("config", help="a YAML file, see configs/")
-    one.add_argument(
-        "overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value"
-    )
+    with_config(one)
     for name, text in (
         ("search", "grow one round's trees"),
         ("extract", "take one round's training rows from its trees"),
@@ -111,19 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, _stage, text, f"rstar {name} configs/rstar_math/quickstart.yaml --round 1")
         sub.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
         sub.set_defaults(stages=(_STAGES[name],), locked=True)
-    train = commands.add_parser(
-        "train",
-        help="train one round's policy or PPM",
-        description="Train one round's policy or PPM from its rows.",
-        epilog="example:\n  rstar train ppm configs/rstar_math/quickstart.yaml --round 2",
-        formatter_class=raw,
-    )
-    train.set_defaults(act=_train)
+    train = command(
+        "train", _train, "train one round's policy or PPM", "rstar train ppm configs/rstar_math/tiny.yaml --round 2",
+        config=False,
+    )  # fmt: skip
     train.add_argument("what", choices=("policy", "ppm"))
-    train.add_argument("config", help="a YAML file, see configs/")
-    train.add_argument(
-        "overrides", nargs="*", default=[], help="key=value settings laid over the file", metavar="key=value"
-    )
+    with_config(train)
     train.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
 
     show = command(

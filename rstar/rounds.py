@@ -77,15 +77,30 @@ class RoundDir:
         """
         record = self.record(stage)
         if record is None or not all((self.path / name).exists() for name in record.outputs):
+            started = self._started(stage)
+            if started.exists():
+                self._refuse_changes(stage, read_json(started), {"settings": settings, "inputs": inputs})
             return None
-        changed = [*_changes(record.settings, settings), *_changes(record.inputs, inputs)]
+        self._refuse_changes(
+            stage, {"settings": record.settings, "inputs": record.inputs}, {"settings": settings, "inputs": inputs}
+        )
+        return record
+
+    def start(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Note what a stage that resumes in its middle is made from: it is never continued from other settings."""
+        write_json(self._started(stage), {"settings": settings, "inputs": inputs})
+
+    def _started(self, stage: str) -> Path:
+        return self.path / f".{stage}-started.json"
+
+    def _refuse_changes(self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        changed = [*_changes(old["settings"], new["settings"]), *_changes(old["inputs"], new["inputs"])]
         if changed:
             raise UserError(
                 f"{self.path / stage} was made from other settings: {'; '.join(changed)}",
                 need="the settings it was made from",
                 how=f"set them back, choose another run.dir, or remove {self.path} to make this round again",
             )
-        return record
 
     def finish(
         self,
@@ -110,6 +125,7 @@ class RoundDir:
         stages = {name: asdict(r) for name, r in self.records().items()}
         stages[stage] = asdict(record)
         write_json(self.manifest, {"round": self.number, "stages": stages})
+        self._started(stage).unlink(missing_ok=True)
         return record
 
 
@@ -190,6 +206,7 @@ class Stage:
     settings: dict[str, Any]
     inputs: Callable[[], dict[str, str]]
     run: Callable[[], StageResult]
+    resumes: bool = False  # what it has written counts when it is run again (search, evaluation)
 
     def finished(self) -> StageRecord | None:
         """Its record if it is complete, None if it has to be run; UserError if it was made from other settings."""
@@ -202,6 +219,8 @@ class Stage:
             return record
         self.round.path.mkdir(parents=True, exist_ok=True)
         inputs, begun = self.inputs(), time.monotonic()
+        if self.resumes:
+            self.round.start(self.name, self.settings, inputs)
         result = self.run()
         return self.round.finish(
             self.name,

@@ -65,6 +65,24 @@ def test_stage_made_from_other_settings_is_refused_with_the_difference(tmp_path:
         stage(here, [], settings={"extract": {"top": 2}}, inputs={"trees": "new"}).execute()
 
 
+def test_stage_that_resumes_in_its_middle_is_not_continued_from_other_settings(tmp_path: Path) -> None:
+    here = RunDir(tmp_path).round(1)
+
+    def interrupted() -> StageResult:
+        raise KeyboardInterrupt
+
+    def search(rollouts: int, work) -> Stage:
+        return Stage(here, "search", {"search": {"rollouts": rollouts}}, dict, work, resumes=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(8, interrupted).execute()
+    with pytest.raises(UserError, match=r"search\.rollouts: 8 -> 16"):
+        search(16, interrupted).finished()
+    assert search(8, interrupted).finished() is None
+    search(8, lambda: StageResult((), {})).execute()
+    assert not list(here.path.glob(".*started*"))
+
+
 def test_failure_in_a_stage_leaves_no_record(tmp_path: Path) -> None:
     here = RunDir(tmp_path).round(1)
 

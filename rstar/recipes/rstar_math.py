@@ -199,7 +199,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             search_all(job, todo, config.cluster, progress)
         return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
 
-    return Stage(here, "search", settings, inputs, work)
+    return Stage(here, "search", settings, inputs, work, resumes=True)
 
 
 # -- extract ---------------------------------------------------------------------------------------------------------
@@ -319,4 +319,4 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
             {m: {k: v for k, v in result.items() if k != "records"} for m, result in results.items()},
         )
 
-    return Stage(here, "eval", settings, inputs, work)
+    return Stage(here, "eval", settings, inputs, work, resumes=True)
