@@ -21,8 +21,6 @@ EXAMPLES = """examples:
   rstar config configs/rstar_math/quickstart.yaml            print the resolved settings
 """
 
-_STAGES = {"search": "search", "extract": "extract", "eval": "eval"}
-
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
@@ -104,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, _stage, text, f"rstar {name} configs/rstar_math/quickstart.yaml --round 1")
         sub.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
-        sub.set_defaults(stages=(_STAGES[name],), locked=True)
+        sub.set_defaults(stages=(name,))
     train = command(
         "train", _train, "train one round's policy or PPM", "rstar train ppm configs/rstar_math/tiny.yaml --round 2",
         config=False,
