@@ -3,7 +3,7 @@
 #
 #   bash rounds/quickstart.sh [--tiny] [--fresh] [key=value ...]
 #
-#   --tiny    the same script on a toy model, in about two minutes
+#   --tiny    the same script on a toy model, in a few minutes
 #   --fresh   start over instead of resuming
 set -euo pipefail
 cd "$(dirname "$0")/.."
