@@ -153,13 +153,31 @@ class PreferenceRow:
 
 
 @dataclass(frozen=True)
+class QValueRow:
+    """A completion with the Q-value of every step (Q regression, the paper's PQM): columns `prompt, completion`.
+
+    `steps` are the token borders: the segments each step adds to the path, what we write after it included. Joined they
+    equal `completion`. The path that ends with steps[i] is scored against q_values[i].
+    """
+
+    prompt: str
+    completion: str
+    steps: tuple[tuple[str, ...], ...]
+    q_values: tuple[float, ...]  # in [-1, 1], one per step
+    problem_id: str
+    tree_id: str
+    node_ids: tuple[int, ...]  # one per step
+    prompt_segments: tuple[str, ...] = ()  # as in SftRow
+
+
+@dataclass(frozen=True)
 class OutcomeRow:
-    """A labelled completion: columns `prompt, completion, label` (outcome verifiers, ORM; soft labels for PQM)."""
+    """A labelled completion: columns `prompt, completion, label` (outcome verifiers, ORM)."""
 
     prompt: str
     completion: str
     segments: tuple[tuple[str, bool], ...]
-    label: float  # 1.0 correct, 0.0 wrong (outcomes); Q in [-1, 1] for q regression
+    label: float  # 1.0 correct, 0.0 wrong; soft labels in between are allowed
     problem_id: str
     tree_id: str
     node_ids: tuple[int, ...]
