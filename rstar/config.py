@@ -83,6 +83,15 @@ class EngineSection:
 
 
 @dataclass(frozen=True)
+class BootstrapSection:
+    """Who writes round 1's solutions in place of the base model, which is still what round 1's policy starts from."""
+
+    enabled: bool = False
+    engine: EngineSection = field(default_factory=lambda: EngineSection(kind="openai"))
+    model: ModelSection = field(default_factory=lambda: ModelSection(base=""))  # base: only for its chat template
+
+
+@dataclass(frozen=True)
 class SandboxSection:
     """Bounds on untrusted code. Times in seconds of one step."""
 
@@ -102,6 +111,9 @@ class ProblemsSection:
     path: str = ""  # local json/jsonl/parquet/csv; needed for "file", overrides the hub for benchmarks
     question: str = "question"  # field names in the file
     answer: str = "answer"
+    answers: str = ""  # field with the answers (or solutions) of several attempts: its problems are synthetic
+    min_agreement: int = 3  # so many of them must agree, else a synthetic problem is dropped
+    level: str = "level"
     split: str = "train"
     limit: int = 0  # use the first N after de-duplication; 0: all
     heldout: int = 64  # problems kept apart for evaluation, never trained on
@@ -134,9 +146,10 @@ class WarmupSection:
 class SearchSection:
     """How a tree is grown (DESIGN section 5)."""
 
-    method: str = "mcts"  # mcts, beam, sample
+    method: str = "mcts"  # mcts, beam, dvts, sample
     rollouts: int = 16
     escalate: list[int] = field(default_factory=list)  # problems without a correct answer go on by these many more
+    second_pass: int = 0  # rollouts of a fresh tree, with the next seed, for problems that are unsolved after all that
     candidates: int = 8  # samples per expansion
     answer_candidates: int = 0  # samples of the answer step, which mostly copies the printed output; 0: as candidates
     temperature: float = 1.0
@@ -146,6 +159,7 @@ class SearchSection:
     c: float = 2.0  # exploration constant of UCT
     selection: str = "uct"  # uct or puct
     use_ppm: bool = False  # PPM-augmented instead of terminal-guided
+    beam_width: int = 8  # of beam: nodes kept at each depth; dvts splits it into beam_width / candidates subtrees
     ppm_prior_visits: int = 1  # 1: the PPM's value is a new child's first visit; 0: kept outside N
     rollouts_in_flight: int = 1  # walks of one tree at once (virtual loss); 1 is the reference
     trees_in_flight: int = 32  # problems searched at once by a worker
@@ -158,6 +172,7 @@ class ExtractSection:
     """Which rows are taken from the trees (rStar-Math section 3.4 and code)."""
 
     sft_top: int = 2  # correct trajectories kept per problem, by mean Q
+    min_synthetic_accuracy: float = 0.5  # synthetic problems with a smaller share of correct answers give no SFT row
     positives: int = 2  # per prefix
     negatives: int = 2
     min_margin: float = 0.5  # Q(chosen) - Q(rejected); code only, the paper has none

@@ -117,6 +117,22 @@ class Tree:
             current.value_sum += value
             current = self.parent(current)
 
+    def set_ppm_value(self, node: Node, value: float, prior_visits: int = 1) -> None:
+        """Give `node` the PPM's score of its path, in place of the one it may have; all other returns stay.
+
+        A live node's is its prior: `prior_visits` visits of its own (0: outside N). An answer without a reward (test
+        time) has backed its score up, so there the difference goes up the path.
+        """
+        before, node.ppm_value = node.ppm_value, value
+        if node.terminal is TerminalReason.ANSWER:
+            current: Node | None = node
+            while current is not None:
+                current.value_sum += value - (before or 0.0)
+                current = self.parent(current)
+        else:
+            node.visit_count += prior_visits if before is None else 0
+            node.value_sum += (value - (before or 0.0)) * max(1, prior_visits)
+
     def selectable(self, node: Node) -> list[Node]:
         """Children that a walk may enter: live and not exhausted, in creation order."""
         return [child for child in self.children(node) if child.terminal is None and not child.exhausted]

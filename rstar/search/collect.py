@@ -20,6 +20,7 @@ from rstar.engines.build import build_policy, build_scorer
 from rstar.grading import Grader
 from rstar.prompts import step_prompt
 from rstar.sandbox import Sandbox
+from rstar.search.beam import beam_search, dvts
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.mcts import Mcts
 from rstar.search.sample import sample
@@ -168,11 +169,23 @@ class SearchWorker:
             case "mcts":
                 mcts = Mcts(expander, c=section.c, selection=section.selection)
                 await mcts.search(target, in_flight=section.rollouts_in_flight, on_rollout=checkpoint)
+            case "sample" | "beam" | "dvts" if expander.tree.root.expanded:
+                pass  # nothing to add to a descent that has been made
             case "sample":
-                if not expander.tree.root.expanded:
-                    await sample(expander, target)
+                await sample(expander, target)
+            case "beam" | "dvts" if expander.tools.scorer is None:
+                raise UserError(f"search.method={section.method} without a PPM", need="search.use_ppm=true")
+            case "beam":
+                await beam_search(expander, section.beam_width)
+            case "dvts" if section.beam_width % section.candidates:
+                raise UserError(
+                    f"search.beam_width={section.beam_width} with search.candidates={section.candidates}",
+                    need="a beam_width that is a multiple of candidates: each subtree of dvts has that many",
+                )
+            case "dvts":
+                await dvts(expander, section.beam_width // section.candidates)
             case other:
-                raise UserError(f"search.method={other}", need="mcts or sample")
+                raise UserError(f"search.method={other}", need="mcts, beam, dvts or sample")
 
     def _tree(self, item: WorkItem, seed: int) -> Tree:
         assert self._wrap is not None

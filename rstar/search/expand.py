@@ -94,37 +94,45 @@ class Expander:
         Returns the new children. A node whose expansion yields no live child, no answer and no max_depth becomes a
         dead end: -1, backed up once from the node itself.
         """
-        sampling = self.sampling
-        if not n and node.parent is not None and kind_of(node.text) is StepKind.CODE:
-            n = sampling.answer_candidates
-        generations = await self.sample(node, n or sampling.candidates)
-        children = await self.attach(node, generations)
-        useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
-        if not any(child.terminal in useful for child in children):
-            node.terminal, node.reward = TerminalReason.DEAD_END, -1.0
-            self.tree.backpropagate(node, -1.0)
-        return children
+        return self._attach(node, await self._candidates(node, n))
 
-    async def sample(self, node: Node, n: int) -> list[Generation]:
-        """Draw `n` texts after `node` and count what they cost."""
+    async def expand_all(self, nodes: Sequence[Node], counts: Sequence[int] = ()) -> list[Node]:
+        """Expand several nodes at once (`counts`: samples of each); returns the new children.
+
+        They are created in the order of `nodes`, whichever is ready first, so that the tree does not depend on timing.
+        """
+        wanted = counts or [0] * len(nodes)
+        ready = await asyncio.gather(*map(self._candidates, nodes, wanted))
+        return [
+            child for node, candidates in zip(nodes, ready, strict=True) for child in self._attach(node, candidates)
+        ]
+
+    async def _candidates(self, node: Node, n: int = 0) -> list[_Candidate]:
+        """Draw `n` texts after `node`, count what they cost, and find out what each of them is."""
+        sampling = self.sampling
         after = kind_of(node.text) if node.parent is not None else None
+        if not n and after is StepKind.CODE:
+            n = sampling.answer_candidates
         params = SamplingParams(
-            n=n,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            max_tokens=self.sampling.max_step_tokens,
+            n=n or sampling.candidates,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_step_tokens,
             stop=stops(after),
             seed=self.tree.seed,
         )
         generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
         self.tree.engine_calls += 1
         self.tree.tokens += sum(g.tokens for g in generations)
-        return generations
+        return await self._classify(node, generations)
 
-    async def attach(self, node: Node, generations: Sequence[Generation]) -> list[Node]:
-        """Turn generations into children of `node`: classified, run, graded, scored, and backed up where terminal."""
-        candidates = await self._classify(node, generations)
-        return [self._add(node, candidate) for candidate in candidates]
+    def _attach(self, node: Node, candidates: Sequence[_Candidate]) -> list[Node]:
+        children = [self._add(node, candidate) for candidate in candidates]
+        useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
+        if not any(child.terminal in useful for child in children):
+            node.terminal, node.reward = TerminalReason.DEAD_END, -1.0
+            self.tree.backpropagate(node, -1.0)
+        return children
 
     async def _classify(self, node: Node, generations: Sequence[Generation]) -> list[_Candidate]:
         distinct: dict[str, _Candidate] = {}
@@ -203,7 +211,6 @@ class Expander:
             error=candidate.error,
             status=execution.status.value if execution else "",
             cpu_ms=execution.cpu_ms if execution else 0.0,
-            ppm_value=candidate.ppm_value,
             logprob=None
             if candidate.generation.logprob != candidate.generation.logprob
             else candidate.generation.logprob,
@@ -213,11 +220,10 @@ class Expander:
             answer=candidate.step.answer if candidate.step else None,
             reward=candidate.reward,
         )
-        if child.terminal is None and child.ppm_value is not None:
-            child.visit_count = self.sampling.ppm_prior_visits
-            child.value_sum = child.ppm_value * max(1, self.sampling.ppm_prior_visits)
-        elif child.terminal is TerminalReason.ANSWER and self.tools.grade is None:
-            self.tree.backpropagate(child, child.ppm_value or 0.0)
-        elif child.reward is not None:
+        if child.reward is not None:
             self.tree.backpropagate(child, child.reward)
+        elif child.terminal is TerminalReason.ANSWER:  # test time: its return is its PPM score
+            self.tree.backpropagate(child, 0.0)
+        if candidate.ppm_value is not None:
+            self.tree.set_ppm_value(child, candidate.ppm_value, self.sampling.ppm_prior_visits)
         return child

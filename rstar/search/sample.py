@@ -2,27 +2,32 @@
 
 A text that several samples share becomes one node with a multiplicity m, and m continuations are drawn below it. So the
 distribution is that of n independent samples, shared prefixes are stored and paid for once, and the multiplicities of
-the answers add up to the finished samples. n = 1 at temperature 0 is greedy decoding.
+the answers add up to the finished samples. n = 1 at temperature 0 is greedy decoding. A PPM guides nothing here; at
+test time it scores the finished answers, all of them in one call: best-of-n.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
+from dataclasses import replace
 
+from rstar.prompts import render
 from rstar.search.expand import Expander
-from rstar.tree import Node
+from rstar.types import PromptText
 
 
 async def sample(expander: Expander, n: int) -> None:
     """Draw `n` solutions of the expander's tree from its root to their ends."""
-    begun = time.monotonic()
-    await _continue(expander, expander.tree.root, n)
-    expander.tree.rollouts_done = n
-    expander.tree.seconds += time.monotonic() - begun
-
-
-async def _continue(expander: Expander, node: Node, n: int) -> None:
-    children = await expander.expand(node, n)
-    live = [child for child in children if child.terminal is None]
-    await asyncio.gather(*(_continue(expander, child, child.multiplicity) for child in live))
+    begun, tree, tools = time.monotonic(), expander.tree, expander.tools
+    expander.tools = replace(tools, scorer=None)
+    live, counts = [tree.root], [n]
+    while live:
+        live = [child for child in await expander.expand_all(live, counts) if child.terminal is None]
+        counts = [child.multiplicity for child in live]
+    expander.tools = tools
+    if tools.scorer is not None and tools.grade is None and (found := tree.answers()):
+        paths = [[text for text, _ in render([(n.text, n.stdout) for n in tree.path(leaf)])] for leaf in found]
+        for leaf, score in zip(found, await tools.scorer.score(PromptText(tree.prompt), paths), strict=True):
+            tree.set_ppm_value(leaf, score)
+    tree.rollouts_done = n
+    tree.seconds += time.monotonic() - begun
