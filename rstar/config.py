@@ -158,6 +158,10 @@ class SearchSection:
     max_step_tokens: int = 256
     c: float = 2.0  # exploration constant of UCT
     selection: str = "uct"  # uct or puct
+    unvisited_first: bool = True  # UCT is infinite at N = 0; false: 0, as in the official code (D1)
+    back_up_dead_ends: bool = True  # false: a dead end's -1 stays with its node (as in the official code, D3)
+    back_up_max_depth: bool = True  # false: the same for max_depth (D4)
+    first_answer_only: bool = False  # an expansion with an answer keeps its first and nothing else (official code, D5)
     use_ppm: bool = False  # PPM-augmented instead of terminal-guided
     beam_width: int = 8  # of beam: nodes kept at each depth; dvts splits it into beam_width / candidates subtrees
     ppm_prior_visits: int = 1  # 1: the PPM's value is a new child's first visit; 0: kept outside N
@@ -212,6 +216,7 @@ class PpmSection(TrainSection):
     batch_size: int = 512  # pairs per optimizer step
     score_scale: float = 5.0  # score = tanh(raw / scale)
     tanh_in_loss: bool = False
+    margin: float = 0.0  # times a pair's Q margin: by how much its scores are to differ at least; the paper has none
     loss: str = "pairwise"  # pairwise (PPM), mse (PQM), bce (ORM)
     heldout: float = 0.05  # share of problems kept for pair accuracy
 

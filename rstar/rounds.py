@@ -50,6 +50,8 @@ class RoundDir:
         self.trees = self.path  # shards trees-<worker>.jsonl.zst lie beside the manifest
         self.sft = self.path / "sft.jsonl"
         self.pairs = self.path / "pairs.jsonl"
+        self.orm = self.path / "orm.jsonl"  # labelled solutions, where ppm.loss=bce asks for them
+        self.pqm = self.path / "pqm.jsonl"  # steps with their Q, where ppm.loss=mse asks for them
         self.policy = self.path / "policy"
         self.ppm = self.path / "ppm"
         self.eval = self.path / "eval"  # trees of the evaluation, a folder per method

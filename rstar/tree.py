@@ -109,29 +109,32 @@ class Tree:
             depth, parent = depth + 1, self.nodes[parent].parent
         return depth
 
-    def backpropagate(self, node: Node, value: float) -> None:
+    def backpropagate(self, node: Node, value: float, *, ancestors: bool = True) -> None:
         """Add one visit with return `value` in [-1, 1] to `node` and all its ancestors (rStar-Math Eq. 2)."""
         current: Node | None = node
         while current is not None:
             current.visit_count += 1
             current.value_sum += value
-            current = self.parent(current)
+            current = self.parent(current) if ancestors else None
 
     def set_ppm_value(self, node: Node, value: float, prior_visits: int = 1) -> None:
         """Give `node` the PPM's score of its path, in place of the one it may have; all other returns stay.
 
         A live node's is its prior: `prior_visits` visits of its own (0: outside N). An answer without a reward (test
-        time) has backed its score up, so there the difference goes up the path.
+        time) has backed its score up, so there the difference goes up the path. A merged node has as many priors (or
+        scores) as `meta["priors"]` says.
         """
-        before, node.ppm_value = node.ppm_value, value
+        count = node.meta.get("priors", 1)
+        difference = (value - (node.ppm_value or 0.0)) * count
         if node.terminal is TerminalReason.ANSWER:
             current: Node | None = node
             while current is not None:
-                current.value_sum += value - (before or 0.0)
+                current.value_sum += difference
                 current = self.parent(current)
         else:
-            node.visit_count += prior_visits if before is None else 0
-            node.value_sum += (value - (before or 0.0)) * max(1, prior_visits)
+            node.visit_count += prior_visits * count if node.ppm_value is None else 0
+            node.value_sum += difference * max(1, prior_visits)
+        node.ppm_value = value
 
     def selectable(self, node: Node) -> list[Node]:
         """Children that a walk may enter: live and not exhausted, in creation order."""
@@ -143,6 +146,11 @@ class Tree:
         while current is not None and current.expanded and not self.selectable(current):
             current.exhausted = True
             current = self.parent(current)
+
+    def settle_exhausted(self) -> None:
+        """Find out anew which nodes are exhausted; children come after their parents, so one backward pass will do."""
+        for node in reversed(self.nodes):
+            node.exhausted = node.expanded and not self.selectable(node)
 
     def answers(self) -> list[Node]:
         """Terminal answer nodes in creation order."""
@@ -217,6 +225,5 @@ class Tree:
             tree.nodes.append(node)
             if node.parent is not None:
                 tree.nodes[node.parent].children.append(node.id)
-        for node in reversed(tree.nodes):  # children come after their parents, so one backward pass settles exhaustion
-            node.exhausted = node.expanded and not tree.selectable(node)
+        tree.settle_exhausted()
         return tree

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rstar.extract.trajectories import ranked, trajectories
+from rstar.problems.records import SYNTHETIC
 from rstar.tree import Tree
 from rstar.types import SftRow
 
 
-def sft_rows(trees: Sequence[Tree], *, top: int = 2) -> list[SftRow]:
+def sft_rows(trees: Sequence[Tree], *, top: int = 2, min_synthetic_accuracy: float = 0.5) -> list[SftRow]:
     """Rows of one problem from all its trees (several seeds): the `top` distinct correct trajectories.
 
     Distinct means by their whole text. Every step of an answer path ran without an error, so nothing has to be
-    dropped afterwards (the official code drops texts that contain "error", good ones too).
+    dropped afterwards (the official code drops texts that contain "error", good ones too). Rows that share a prefix
+    count in full, each with weight 1: training computes the prefix once and sums its loss over the rows.
+
+    A synthetic problem with a smaller share of correct answers than `min_synthetic_accuracy` gives none: its reference
+    answer may be the wrong one (App. A.1).
     """
+    if trees and trees[0].problem.source == SYNTHETIC and accuracy(trees) < min_synthetic_accuracy:
+        return []
     by_id = {tree.tree_id: tree for tree in trees}
     correct = [t for tree in trees for t in trajectories(tree) if t.reward == 1.0]
     rows: list[SftRow] = []
@@ -37,3 +44,10 @@ def sft_rows(trees: Sequence[Tree], *, top: int = 2) -> list[SftRow]:
             )
         )
     return rows
+
+
+def accuracy(trees: Sequence[Tree]) -> float:
+    """Share of correct ones among the graded answers of one problem's trees, each sample counted; 0 without answers."""
+    graded = [leaf for tree in trees for leaf in tree.answers() if leaf.reward is not None]
+    correct = sum(leaf.multiplicity for leaf in graded if leaf.reward == 1.0)
+    return correct / max(1, sum(leaf.multiplicity for leaf in graded))

@@ -34,7 +34,8 @@ class ProblemSet:
     train: tuple[Problem, ...]
     heldout: tuple[Problem, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Left out, by reason: duplicate, same-numbers, contaminated, unparsable, image, too-long, level, limit."""
+    """Left out, by reason: duplicate, same-numbers, disagreement, contaminated, unparsable, image, too-long, level,
+    limit."""
     contaminated: tuple[tuple[str, str], ...] = ()
     """(id of a removed training problem, name of the set it overlaps with), for the manifest."""
 
@@ -84,12 +85,22 @@ def _records(section: ProblemsSection) -> list[Problem]:
             need="reasoning_gym, file, or a benchmark",
             how=f"the nearest name is {nearest_benchmark(section.name, ('reasoning_gym', 'file'))}",
         )
-    fields = Fields(section.question, section.answer) if section.path else None
+    fields = _fields(section) if section.path else None
     return list(load_benchmark(section.name, path=section.path, split=section.split, fields=fields))
 
 
 def _read_file(path: str, section: ProblemsSection, source: str) -> list[Problem]:
-    return read_problems(Path(path), Fields(section.question, section.answer), source)
+    return read_problems(Path(path), _fields(section), source)
+
+
+def _fields(section: ProblemsSection) -> Fields:
+    return Fields(
+        section.question,
+        section.answer,
+        level=section.level,
+        answers=section.answers,
+        min_agreement=section.min_agreement,
+    )
 
 
 def _clean(problems: Iterable[Problem], dropped: Counter[str]) -> list[Problem]:
@@ -108,6 +119,8 @@ def _clean(problems: Iterable[Problem], dropped: Counter[str]) -> list[Problem]:
             dropped["too-long"] += 1
         elif needs_image(problem.question):
             dropped["image"] += 1
+        elif not problem.answer:  # only synthetic problems come without: readers refuse the others
+            dropped["disagreement"] += 1
         else:
             kept.append(problem)
         texts.add(key)

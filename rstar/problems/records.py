@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rstar.problems.agreement import agreeing_answer, answer_key
 from rstar.types import Problem, UserError
+
+SYNTHETIC = "synthetic"
+"""`source` of problems whose reference answer is what several attempts agree on."""
 
 MAX_LINE_BYTES = 4 * 2**20
 MAX_JSON_BYTES = 2**30
@@ -27,6 +31,8 @@ class Fields:
     more_answers: tuple[str, ...] = ()
     level: str = "level"
     solution: str = "solution"
+    answers: str = ""  # field with several attempts' answers or solutions; only synthetic problems have it
+    min_agreement: int = 3
 
 
 def read_problems(path: Path, fields: Fields, source: str) -> list[Problem]:
@@ -49,9 +55,13 @@ def to_problem(record: Mapping[str, object], fields: Fields, source: str, number
     """One record as a Problem; `where` names it in complaints.
 
     An answer in GSM8K's form ("... #### n") or a worked solution with \\boxed{} is cut to its final answer and kept
-    whole as the solution. A list of answers becomes "a, b" (all of them, in any order).
+    whole as the solution. A list of answers becomes "a, b" (all of them, in any order). A record with
+    `fields.answers` is synthetic: its answer is the one that enough of them agree on, and that its own answer, where it
+    has one, agrees with; "" where there is none.
     """
     question = _text(_first(record, (fields.question, *fields.more_questions), where, "question"))
+    if fields.answers and record.get(fields.answers):
+        return _synthetic(record, fields, question.strip(), source, number, where)
     answer = _text(_first(record, (fields.answer, *fields.more_answers), where, "answer"))
     solution = _text(record.get(fields.solution)) if fields.solution != fields.question else ""
     if not question.strip():
@@ -61,10 +71,29 @@ def to_problem(record: Mapping[str, object], fields: Fields, source: str, number
         solution = solution or answer
     if not final:
         raise UserError(f"{where} has no answer", need=f"a final answer in its field {fields.answer!r}")
+    return Problem(_ident(record, source, number), question.strip(), final, source, _level(record, fields), solution)
+
+
+def _synthetic(
+    record: Mapping[str, object], fields: Fields, question: str, source: str, number: int, where: str
+) -> Problem:
+    attempts = record[fields.answers]
+    if not isinstance(attempts, list | tuple) or not question:
+        raise UserError(f"{where} is no synthetic problem", need=f"a question, and a list in {fields.answers!r}")
+    agreed = agreeing_answer([final_answer(_text(one)) for one in attempts], fields.min_agreement) or ""
+    own = final_answer(_text(record.get(fields.answer)))
+    if own and answer_key(own) != answer_key(agreed):
+        agreed = ""
+    return Problem(_ident(record, source, number), question, agreed, SYNTHETIC, _level(record, fields))
+
+
+def _ident(record: Mapping[str, object], source: str, number: int) -> str:
     name = next((record[k] for k in ("id", "unique_id", "index") if record.get(k) not in (None, "")), None)
-    ident = str(name) if isinstance(name, str) else f"{source}/{number if name is None else name}"
-    level = _text(record.get(fields.level)).removeprefix("Level ")
-    return Problem(ident, question.strip(), final, source, level, solution)
+    return str(name) if isinstance(name, str) else f"{source}/{number if name is None else name}"
+
+
+def _level(record: Mapping[str, object], fields: Fields) -> str:
+    return _text(record.get(fields.level)).removeprefix("Level ")
 
 
 def final_answer(text: str) -> str:

@@ -7,6 +7,7 @@ and awaits, the engine batches.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 from collections import Counter
@@ -167,7 +168,8 @@ class SearchWorker:
 
         match section.method:
             case "mcts":
-                mcts = Mcts(expander, c=section.c, selection=section.selection)
+                unvisited = math.inf if section.unvisited_first else 0.0
+                mcts = Mcts(expander, c=section.c, selection=section.selection, unvisited=unvisited)
                 await mcts.search(target, in_flight=section.rollouts_in_flight, on_rollout=checkpoint)
             case "sample" | "beam" | "dvts" if expander.tree.root.expanded:
                 pass  # nothing to add to a descent that has been made
@@ -226,6 +228,9 @@ def _sampling(section: SearchSection) -> Sampling:
         max_step_tokens=section.max_step_tokens,
         max_depth=section.max_depth,
         ppm_prior_visits=section.ppm_prior_visits,
+        back_up_dead_ends=section.back_up_dead_ends,
+        back_up_max_depth=section.back_up_max_depth,
+        first_answer_only=section.first_answer_only,
     )
 
 

@@ -54,6 +54,9 @@ class Sampling:
     max_step_tokens: int = 256
     max_depth: int = 16  # steps on a path, the answer step counts
     ppm_prior_visits: int = 1
+    back_up_dead_ends: bool = True  # the official code keeps their -1, and that of max_depth, on the node itself
+    back_up_max_depth: bool = True
+    first_answer_only: bool = False  # the official code drops the rest of an expansion with an answer
 
 
 @dataclass
@@ -79,6 +82,12 @@ def path_prompt(tree: Tree, node: Node) -> PromptText:
     """The prompt for a continuation of `node`: the tree's prompt, then each step as the step format renders it."""
     steps = render([(n.text, n.stdout) for n in tree.path(node)])
     return PromptText(tree.prompt + tuple(text for text, _ in steps))
+
+
+def completion(tree: Tree, node: Node) -> list[str]:
+    """The segments that `node` adds to the prompt of its parent: what a scorer reads of it."""
+    printed = "".join(n.stdout for n in tree.path(node))
+    return [text for text, _ in segments(node.text, printed)]
 
 
 class Expander:
@@ -127,11 +136,13 @@ class Expander:
         return await self._classify(node, generations)
 
     def _attach(self, node: Node, candidates: Sequence[_Candidate]) -> list[Node]:
+        if self.sampling.first_answer_only:
+            candidates = [c for c in candidates if c.terminal is TerminalReason.ANSWER][:1] or candidates
         children = [self._add(node, candidate) for candidate in candidates]
         useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
         if not any(child.terminal in useful for child in children):
             node.terminal, node.reward = TerminalReason.DEAD_END, -1.0
-            self.tree.backpropagate(node, -1.0)
+            self.tree.backpropagate(node, -1.0, ancestors=self.sampling.back_up_dead_ends)
         return children
 
     async def _classify(self, node: Node, generations: Sequence[Generation]) -> list[_Candidate]:
@@ -221,7 +232,8 @@ class Expander:
             reward=candidate.reward,
         )
         if child.reward is not None:
-            self.tree.backpropagate(child, child.reward)
+            everywhere = self.sampling.back_up_max_depth or child.terminal is not TerminalReason.MAX_DEPTH
+            self.tree.backpropagate(child, child.reward, ancestors=everywhere)
         elif child.terminal is TerminalReason.ANSWER:  # test time: its return is its PPM score
             self.tree.backpropagate(child, 0.0)
         if candidate.ppm_value is not None:

@@ -17,14 +17,14 @@ from rstar.tree import Node, Tree
 from rstar.types import TerminalReason
 
 
-def uct(node: Node, parent: Node, c: float) -> float:
-    """UCT(s) = Q(s) + c sqrt(ln max(1, N_parent) / N_s) (rStar-Math Eq. 1); infinite at N_s = 0.
+def uct(node: Node, parent: Node, c: float, unvisited: float = math.inf) -> float:
+    """UCT(s) = Q(s) + c sqrt(ln max(1, N_parent) / N_s) (rStar-Math Eq. 1); `unvisited` at N_s = 0.
 
     Walks in flight count as visits of value -1. The official code scores an unvisited child 0 (deviation D1).
     """
     n = node.visit_count + node.virtual_losses
     if n == 0:
-        return math.inf
+        return unvisited
     n_parent = max(1, parent.visit_count + parent.virtual_losses)
     return (node.value_sum - node.virtual_losses) / n + c * math.sqrt(math.log(n_parent) / n)
 
@@ -43,23 +43,25 @@ def sequence_priors(nodes: Sequence[Node]) -> list[float]:
     return [w / total for w in weights]
 
 
-def select(tree: Tree, node: Node, *, c: float, selection: str = "uct") -> Node:
+def select(tree: Tree, node: Node, *, c: float, selection: str = "uct", unvisited: float = math.inf) -> Node:
     """The live, unexhausted child of `node` with the highest score; ties go to the one created first."""
     children = tree.selectable(node)
     if selection == "puct":
         priors = sequence_priors(children)
         scores = [puct(child, node, c, prior) for child, prior in zip(children, priors, strict=True)]
     else:
-        scores = [uct(child, node, c) for child in children]
+        scores = [uct(child, node, c, unvisited) for child in children]
     return children[max(range(len(children)), key=lambda i: (scores[i], -i))]
 
 
 class Mcts:
     """The search of one tree. The tree may be new, or loaded in the middle of its search."""
 
-    def __init__(self, expander: Expander, *, c: float = 2.0, selection: str = "uct") -> None:
+    def __init__(
+        self, expander: Expander, *, c: float = 2.0, selection: str = "uct", unvisited: float = math.inf
+    ) -> None:
         self.tree, self.expander = expander.tree, expander
-        self.c, self.selection = c, selection
+        self.c, self.selection, self.unvisited = c, selection, unvisited
         self._expanding: dict[int, asyncio.Event] = {}
 
     async def search(
@@ -95,7 +97,7 @@ class Mcts:
                         continue  # another walk expanded it: go on below, so that this walk brings evidence of its own
                     if node.exhausted or any(c.terminal is TerminalReason.ANSWER for c in self.tree.children(node)):
                         return  # everything the expansion produced is already backed up
-                node = select(self.tree, node, c=self.c, selection=self.selection)
+                node = select(self.tree, node, c=self.c, selection=self.selection, unvisited=self.unvisited)
                 walked.append(node)
                 node.virtual_losses += 1
         finally:
