@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rstar"
 LAYERS = {
-    "types": 0, "config": 0, "__init__": 0,
+    "types": 0, "config": 0, "__init__": 0, "calculator": 0,
     "tree": 1, "prompts": 1, "problems": 1, "sandbox": 1,
     "tokens": 2, "store": 2, "grading": 2,
     "engines": 3, "warmup": 3,
