@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rstar.engines.base import Policy, Scorer
-from rstar.prompts import Malformed, imitates, kind_of, parse, render, segments, stops
+from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
 from rstar.tree import Node, Tree
 from rstar.types import (
     Execution,
@@ -52,6 +52,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     max_step_tokens: int = 256
+    form: str = "steps"  # text: a whole solution in words instead of executed steps
+    calculator: bool = False  # results of annotations are written for the model
     max_depth: int = 16  # steps on a path, the answer step counts
     ppm_prior_visits: int = 1
     back_up_dead_ends: bool = True  # the official code keeps their -1, and that of max_depth, on the node itself
@@ -127,7 +129,8 @@ class Expander:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_step_tokens,
-            stop=stops(after),
+            stop=stops(after) if sampling.form == "steps" else (),
+            calculator=sampling.calculator,
             seed=self.tree.seed,
         )
         generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
@@ -156,9 +159,11 @@ class Expander:
         path = self.tree.path(node)
         after = kind_of(node.text) if path else None
         for candidate in candidates:
-            parsed = (
-                Malformed("cut off") if candidate.generation.cut_off else parse(candidate.generation.text, after=after)
-            )
+            text = candidate.generation.text
+            if candidate.generation.cut_off:
+                parsed: Step | Malformed = Malformed("cut off")
+            else:
+                parsed = parse(text, after=after) if self.sampling.form == "steps" else parse_solution(text)
             if isinstance(parsed, Malformed):
                 candidate.terminal, candidate.error = TerminalReason.MALFORMED, parsed.reason
             else:
