@@ -46,5 +46,6 @@ def q_rows(tree: Tree) -> list[QValueRow]:
 
 def _returns(tree: Tree, node: Node) -> int:
     """Returns that were backed up through a node: its visits without the PPM's prior one."""
-    has_prior = node.ppm_value is not None and node.terminal is not TerminalReason.ANSWER
-    return node.visit_count - has_prior * int(tree.settings.get("ppm_prior_visits", 1))
+    if node.ppm_value is None or node.terminal is TerminalReason.ANSWER:
+        return node.visit_count
+    return node.visit_count - int(node.meta.get("priors", 1)) * int(tree.settings.get("ppm_prior_visits", 1))

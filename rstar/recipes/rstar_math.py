@@ -3,39 +3,56 @@
 A round: search -> extract -> train policy -> train PPM -> evaluate. Every policy is trained from the base model, every
 PPM from that round's policy; the next round searches with both.
 
-Deviations from the paper (P) or the official code (C), each with its switch:
+Stop rule: another round is worth its price while the unsolved problems are real ones. The paper stops after round 4,
+when 19 of 20 sampled unsolved problems had a wrong reference answer; `rstar report RUN` lists the unsolved problems of
+the last search with their most frequent answer and its share, so that a person can judge.
 
-D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0. No switch: C's rule visits 1.5 of 12 root
-    branches on a toy tree.
+Deviations from the paper (P) or the official code (C), and choices where P is silent, each with its switch:
+
+D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0 and visits 1.5 of 12 root branches of a
+    toy tree: search.unvisited_first=false.
 D2  a child's PPM value counts as its first visit, as in C; P's Eq. 3 does not count it: search.ppm_prior_visits=0.
 D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once.
-    C keeps failed steps as children of value -1 that are never backed up.
-D4  reaching max_depth without an answer is backed up as -1; C gives the node -1 and its ancestors nothing.
-D5  all distinct answer siblings are kept; C keeps the first finished candidate of an expansion and drops the rest.
+    C leaves such a -1 on the node: search.back_up_dead_ends=false.
+D4  reaching max_depth without an answer is backed up as -1; C gives the node -1 and its ancestors nothing:
+    search.back_up_max_depth=false.
+D5  all distinct answer siblings are kept; C keeps the first finished candidate of an expansion and drops the rest:
+    search.first_answer_only=true.
 D6  PPM scores are tanh(raw / 5) and the loss is on raw scores, as in C; P has tanh in the head: ppm.tanh_in_loss=true,
     ppm.score_scale=1.
 D7  one PPM epoch as in P; C's README says two: ppm.epochs=2.
 D8  pairs need a Q margin of 0.5 and an edit distance of 20 characters, as in C; P names neither: extract.min_margin=0,
     extract.min_edit_distance=0. C's comparison of greedy continuations is left out.
 D9  final-answer pairs across trajectories as in P; C has no path for them: extract.answer_pairs=false.
-D10 the answer of several trajectories is reported by top score, by majority of the top K, and score-weighted; a tied
-    vote goes to the answer with the higher best score, C breaks ties at random.
-D11 interpreter output and `<output>`, `<answer>` tags are written by us and carry no loss; C trains on them.
-D12 escalation adds rollouts to the same tree; P does not say whether it starts again.
+D10 the answer of several trajectories is reported by top score (P), by majority of the top eval.top_k (C) and
+    score-weighted, all three; a tied vote goes to the answer with the higher best score, C breaks ties at random.
+D11 interpreter output and `<output>`, `<answer>` tags are written by us and carry no loss; C trains on them. No switch:
+    a policy that learns to write results stops running its code.
+D12 escalation (search.escalate) adds rollouts to the same tree; P does not say whether it starts again: escalate=[] and
+    search.second_pass, which starts again, is the other reading.
 D13 the answer step may get fewer samples than the others (off by default; the quickstart saves a third of its tokens):
     search.answer_candidates=2.
 D14 with warmup.enabled (the quickstart; off by default and in the paper's configs) the base of all rounds is a small
     supervised start on worked code solutions of training problems, because a 135M model has no 236B bootstrap model.
+D15 P's second pass for problems without a correct trajectory is a fresh tree with the next seed: search.second_pass=0.
+D16 rows of solutions that bootstrap.model wrote carry the prompt of the model that is trained, without worked examples,
+    as C does. No switch: the policy would never see that prompt again.
+D17 SFT rows that share a prefix count in full, a shared step once per row that holds it, as in P and C (the prefix is
+    computed once: sft.tree_packing=false computes it for each row and gives the same loss).
+D18 synthetic answers agree when they are the same number or the same text but for spacing; P does not say how it
+    compares the 10 solutions: problems.min_agreement=0 keeps the most frequent answer whatever its votes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rstar.cluster import search_all
 from rstar.config import (
+    BootstrapSection,
     ClusterSection,
     EngineSection,
     EvalSection,
@@ -51,17 +68,21 @@ from rstar.config import (
     for_round,
     to_dict,
 )
+from rstar.extract.outcomes import outcome_rows
 from rstar.extract.preferences import preference_rows
+from rstar.extract.q_values import q_rows
 from rstar.extract.sft import sft_rows
 from rstar.problems import ProblemSet, load_problems
+from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_passes, evaluate, problem_trees, tree_counts
 from rstar.report.progress import SearchProgress, TrainingProgress
-from rstar.rounds import RunDir, Stage, StageResult, input_digest
+from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
 from rstar.search.collect import SearchJob, SearchPass, unfinished
 from rstar.store import shards, write_json, write_rows
+from rstar.tokens import question_wrapper
 from rstar.tree import Tree
-from rstar.types import PreferenceRow, SftRow, UserError
+from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class Config:
     cluster: ClusterSection = field(default_factory=ClusterSection)
     model: ModelSection = field(default_factory=ModelSection)
     engine: EngineSection = field(default_factory=EngineSection)
+    bootstrap: BootstrapSection = field(default_factory=BootstrapSection)
     sandbox: SandboxSection = field(default_factory=SandboxSection)
     problems: ProblemsSection = field(default_factory=ProblemsSection)
     warmup: WarmupSection = field(default_factory=WarmupSection)
@@ -113,6 +135,8 @@ def check(config: Config) -> ProblemSet:
         raise UserError(
             "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
         )
+    if config.bootstrap.enabled:
+        question_wrapper(config.bootstrap.model.base, config.bootstrap.model)
     base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
     if config.engine.kind != "simulated":
         check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
@@ -140,19 +164,20 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
 
     def work() -> StageResult:
         base, outputs = base_model(config.model, run.path, seed=config.run.seed), []
+        pool = load_problems(config.problems)
+        found = {"train": len(pool.train), "heldout": len(pool.heldout), "dropped": dict(pool.dropped)}
+        counts = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
         if config.model.step_tokens:
             from rstar.training.vocabulary import with_step_tokens
 
             base = str(with_step_tokens(base, _start(run)))
             outputs.append(_start(run))
         if not config.warmup.enabled:
-            return StageResult(tuple(outputs), {"base": base})
-        from rstar.tokens import question_wrapper
+            return StageResult(tuple(outputs), counts)
         from rstar.training.sft import train_policy
         from rstar.warmup import warmup_rows
 
-        pool, wrap = load_problems(config.problems), question_wrapper(base, config.model)
-        rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, wrap)
+        rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, question_wrapper(base, config.model))
         section = replace(
             config.sft,
             epochs=config.warmup.epochs,
@@ -161,7 +186,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         )
         with TrainingProgress("warm-up") as progress:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((*outputs, here.policy), {"base": base, **asdict(result)})
+        return StageResult((*outputs, here.policy), counts | asdict(result))
 
     return Stage(here, "base", settings, dict, work)
 
@@ -169,13 +194,19 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
 # -- search ----------------------------------------------------------------------------------------------------------
 
 
+def bootstrapped(config: Config, number: int) -> bool:
+    """Whether a bootstrap policy, and not a model of this run, searches round `number`."""
+    return number == 1 and config.bootstrap.enabled
+
+
 def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
     here, before = run.round(number), run.round(number - 1)
+    writer = config.bootstrap if bootstrapped(config, number) else config
     settings = {
-        "search": to_dict(config.search),
+        "search": _shaping(config.search),
         "problems": to_dict(config.problems),
-        "model": to_dict(config.model),
-        "engine": {"kind": config.engine.kind, "model": config.engine.model},
+        "model": to_dict(writer.model),
+        "engine": {"kind": writer.engine.kind, "model": writer.engine.model},
     }
 
     def inputs() -> dict[str, str]:
@@ -184,29 +215,66 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             found["ppm"] = input_digest(before, "ppm")
         return found
 
+    def policy() -> str:
+        if bootstrapped(config, number):
+            return config.bootstrap.model.base and absolute(config.bootstrap.model.base)
+        return absolute(base_checkpoint(config, run) if number == 1 else str(before.policy))
+
     def work() -> StageResult:
         pool = load_problems(config.problems).train
         job = SearchJob(
             passes=(SearchPass(here.path.resolve(), config.search),),
-            engine=config.engine,
+            engine=writer.engine,
             sandbox=config.sandbox,
-            model=config.model,
-            policy=absolute(base_checkpoint(config, run) if number == 1 else str(before.policy)),
+            model=writer.model,
+            policy=policy(),
             ppm=absolute(str(before.ppm)) if config.search.use_ppm else "",
         )
-        todo = unfinished(pool, job, 0)
-        with SearchProgress(f"round {number} search", total=len(pool), already=len(pool) - len(todo)) as progress:
-            search_all(job, todo, config.cluster, progress)
+
+        def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
+            todo = unfinished(problems, job, 0)
+            total = len(problems)
+            with SearchProgress(f"round {number} {name}", total=total, already=total - len(todo)) as progress:
+                search_all(job, todo, config.cluster, progress)
+
+        search(job, pool, "search")
+        if again := second_pass(config.search):
+            solved = {trees[0].problem.id for trees in problem_trees(here.trees) if any(t.solved for t in trees)}
+            left = [problem for problem in pool if problem.id not in solved]
+            search(replace(job, passes=(SearchPass(here.path.resolve(), again),)), left, "second pass")
         return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
 
     return Stage(here, "search", settings, inputs, work, resumes=True)
+
+
+def second_pass(search: SearchSection) -> SearchSection | None:
+    """A fresh tree with the next seed for every problem that is unsolved (D15); None where it is off."""
+    if not search.second_pass:
+        return None
+    return replace(search, rollouts=search.second_pass, escalate=[], seeds=[max(search.seeds) + 1])
+
+
+_UNREAD = ("trees_in_flight", "checkpoint_rollouts", "processes", "report_to", "save_steps", "gradient_checkpointing")
+"""How a stage is run, not what it makes: free to change between and within rounds."""
+
+
+def _shaping(section: SearchSection | TrainSection) -> dict[str, Any]:
+    return {key: value for key, value in to_dict(section).items() if key not in _UNREAD}
 
 
 # -- extract ---------------------------------------------------------------------------------------------------------
 
 
 def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, section = run.round(number), config.extract
+    here, section, loss = run.round(number), config.extract, config.ppm.loss
+    kinds: dict[str, tuple[Path, Callable[[Tree], Sequence[Any]]]] = {
+        "mse": (here.pqm, q_rows),
+        "bce": (here.orm, outcome_rows),
+    }
+    labelled = kinds.get(loss)
+    settings: dict[str, Any] = {"extract": to_dict(section)}
+    settings |= {"ppm": {"loss": loss}} if labelled else {}
+    settings |= {"model": to_dict(config.model)} if bootstrapped(config, number) else {}
 
     def pairs(tree: Tree) -> list[PreferenceRow]:
         return preference_rows(
@@ -219,21 +287,36 @@ def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
             max_pairs=section.max_pairs_per_problem,
         )
 
+    def searched() -> Iterator[list[Tree]]:
+        """The trees of each problem, with the prompt that is trained (D16)."""
+        wrap = question_wrapper(base_checkpoint(config, run), config.model) if bootstrapped(config, number) else None
+        for trees in problem_trees(here.trees):
+            if wrap is not None:
+                trees = [replace(tree, prompt=step_prompt(wrap(tree.problem.question)).segments) for tree in trees]
+            yield trees
+
     def work() -> StageResult:
-        n_rows = write_rows(
-            here.sft, (r for trees in problem_trees(here.trees) for r in sft_rows(trees, top=section.sft_top))
-        )
-        n_pairs = write_rows(
-            here.pairs, (p for trees in problem_trees(here.trees) for tree in trees for p in pairs(tree))
-        )
-        if not n_rows:
+        top, accuracy = section.sft_top, section.min_synthetic_accuracy
+        rows = (row for trees in searched() for row in sft_rows(trees, top=top, min_synthetic_accuracy=accuracy))
+        outputs, counts = [here.sft, here.pairs], {"sft_rows": write_rows(here.sft, rows)}
+        if not counts["sft_rows"]:
             raise UserError(
                 f"round {number} found no correct trajectory", need="at least one solved problem",
                 how="more rollouts, easier problems, or a stronger policy",
             )  # fmt: skip
-        return StageResult((here.sft, here.pairs), {"sft_rows": n_rows, "pairs": n_pairs})
+        counts["pairs"] = write_rows(here.pairs, (p for trees in searched() for tree in trees for p in pairs(tree)))
+        if labelled:
+            path, extractor = labelled
+            outputs.append(path)
+            counts[path.stem] = write_rows(path, (r for trees in searched() for tree in trees for r in extractor(tree)))
+        return StageResult(tuple(outputs), counts)
 
-    return Stage(here, "extract", {"extract": to_dict(section)}, lambda: {"trees": input_digest(here, "search")}, work)
+    return Stage(here, "extract", settings, lambda: {"trees": input_digest(here, "search")}, work)
+
+
+def ppm_rows(here: RoundDir, loss: str) -> tuple[Path, type[PreferenceRow] | type[QValueRow] | type[OutcomeRow]]:
+    """The file and kind of row that a loss is trained on: pairs (PPM), Q-values (PQM) or outcomes (ORM)."""
+    return {"mse": (here.pqm, QValueRow), "bce": (here.orm, OutcomeRow)}.get(loss, (here.pairs, PreferenceRow))
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -256,7 +339,7 @@ def _policy_stage(config: Config, run: RunDir, number: int) -> Stage:
             )
         return StageResult((here.policy,), {"rows": len(rows), **asdict(result)})
 
-    return Stage(here, "policy", {"sft": to_dict(config.sft)}, inputs, work)
+    return Stage(here, "policy", {"sft": _shaping(config.sft)}, inputs, work)
 
 
 def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
@@ -269,12 +352,12 @@ def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
         from rstar.training.data import read_rows
         from rstar.training.ppm import train_ppm
 
-        rows = read_rows(here.pairs, PreferenceRow)
+        rows: Any = read_rows(*ppm_rows(here, config.ppm.loss))
         with TrainingProgress(f"round {number} PPM") as progress:
             result = train_ppm(rows, str(here.policy), here.ppm, config.ppm, seed=config.run.seed, on_progress=progress)
-        return StageResult((here.ppm,), {"pairs": len(rows), **asdict(result)})
+        return StageResult((here.ppm,), {"rows": len(rows), **asdict(result)})
 
-    return Stage(here, "ppm", {"ppm": to_dict(config.ppm)}, inputs, work)
+    return Stage(here, "ppm", {"ppm": _shaping(config.ppm)}, inputs, work)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
