@@ -1,9 +1,14 @@
 """Trees on disk: append-only shards of zstd frames, one frame a tree, one shard a worker.
 
-Each tree's frame follows a small zstd skippable frame that holds the length of the tree's frame, whether the tree is
-complete, and its id. So `zstd -d` reads a shard as plain JSON lines, an index needs no decompression, a torn tail (a
+Each tree's frame follows a small zstd skippable frame that holds the length of the tree's frame, the tree's revision,
+whether it is complete, and its id. So `zstd -d` reads a shard as plain JSON lines, an index needs no decompression, a torn tail (a
 crash in the middle of a write) is recognised and cut, and a damaged frame in the middle is refused by file and number.
-A later frame of the same tree id replaces an earlier one: that is how a tree is saved in the middle of its search.
+A later frame of the same tree id replaces an earlier one: that is how a tree is saved in the middle of its search, and
+how a finished one is continued or re-scored (which raises its revision, whatever shard it is written to).
+
+An appended tree survives the death of its process (kill -9, out of memory) at once, because the kernel has it. What a
+power failure can take is bounded in time, not in trees: a worker syncs its shard once a second and on closing, and
+all shards are synced before a stage's record is written. What was lost is searched again.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +30,8 @@ from rstar.types import UserError
 
 _MAGIC = 0x184D2A57  # one of zstd's skippable-frame magics; decoders pass over it
 _HEAD = struct.Struct("<II")  # magic, size of the payload
-_PAYLOAD = struct.Struct("<QB")  # length of the tree's frame, complete or not; the tree id follows
+SYNC_SECONDS = 1.0  # one sync costs 3 ms on a local disk and more on shared storage, and the event loop stands still
+_PAYLOAD = struct.Struct("<QB")  # length of the tree's frame, 2 * revision + complete; the tree id follows
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class FrameRef:
     offset: int  # of the tree's zstd frame
     length: int
     tree_id: str
+    revision: int
     complete: bool
 
 
@@ -71,12 +79,12 @@ def scan(path: Path) -> Shard:
             payload = file.read(payload_size)
             if len(payload) < payload_size:
                 break
-            length, complete = _PAYLOAD.unpack_from(payload)
+            length, state = _PAYLOAD.unpack_from(payload)
             start = offset + _HEAD.size + payload_size
             if start + length > size:
                 break
             tree_id = payload[_PAYLOAD.size :].decode("utf-8", "surrogatepass")
-            frames.append(FrameRef(path, len(frames), start, length, tree_id, bool(complete)))
+            frames.append(FrameRef(path, len(frames), start, length, tree_id, state >> 1, bool(state & 1)))
             offset = start + length
             file.seek(offset)
     return Shard(tuple(frames), offset, size - offset)
@@ -112,18 +120,24 @@ class TreeWriter:
                 os.truncate(path, shard.good_bytes)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        self._synced = time.monotonic()
 
     def append(self, tree: Tree) -> None:
-        """Write the tree as one frame and make it durable before returning."""
+        """Write the tree as one frame; it outlives this process from now on, a power failure within SYNC_SECONDS."""
         frame = self._compressor.compress(b"".join(orjson.dumps(row) + b"\n" for row in tree.to_rows()))
-        payload = _PAYLOAD.pack(len(frame), tree.complete) + tree.tree_id.encode("utf-8", "surrogatepass")
+        payload = _PAYLOAD.pack(len(frame), 2 * tree.revision + tree.complete) + tree.tree_id.encode(
+            "utf-8", "surrogatepass"
+        )
         data = memoryview(_HEAD.pack(_MAGIC, len(payload)) + payload + frame)
         while data:
             data = data[os.write(self._fd, data) :]
-        os.fsync(self._fd)
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            os.fsync(self._fd)
+            self._synced = time.monotonic()
 
     def close(self) -> None:
         if self._fd >= 0:
+            os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
 
@@ -140,11 +154,15 @@ def shards(folder: Path) -> list[Path]:
 
 
 def index(folder: Path) -> dict[str, FrameRef]:
-    """Newest frame of each tree id in the folder, a complete one before an incomplete one; sorted by tree id."""
+    """Newest frame of each tree id in the folder; sorted by tree id.
+
+    A higher revision is newer; within one, a complete frame replaces an incomplete one, and a later one an earlier.
+    """
     newest: dict[str, FrameRef] = {}
     for path in shards(folder):
         for ref in scan(path).frames:
-            if ref.complete or not (ref.tree_id in newest and newest[ref.tree_id].complete):
+            known = newest.get(ref.tree_id)
+            if known is None or (ref.revision, ref.complete) >= (known.revision, known.complete):
                 newest[ref.tree_id] = ref
     return dict(sorted(newest.items()))
 
@@ -167,7 +185,7 @@ def write_rows(path: Path, rows: Iterable[Any]) -> int:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync_path(path.parent)
     return count
 
 
@@ -179,7 +197,7 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def read_json(path: Path) -> Any:
@@ -190,9 +208,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON: {error}") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file's contents, or the renames in a folder, outlive a power failure."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -72,6 +72,7 @@ class Tree:
     seconds: float = 0.0
     worker: str = ""  # host and process that grew it
     complete: bool = False
+    revision: int = 0  # how often a finished tree was taken up again (continued, re-scored)
     nodes: list[Node] = field(default_factory=lambda: [Node(id=0, parent=None)])
 
     @property
@@ -180,6 +181,7 @@ class Tree:
             "seconds": round(self.seconds, 3),
             "worker": self.worker,
             "complete": self.complete,
+            "revision": self.revision,
         }
         for node in self.nodes:
             yield {

@@ -97,6 +97,19 @@ async def test_later_frame_replaces_an_earlier_one_unless_that_was_complete(tmp_
     assert read_frame(index(tmp_path)["p#0"]).complete
 
 
+async def test_tree_that_was_taken_up_again_is_the_newest_in_whatever_shard_it_lies(tmp_path: Path) -> None:
+    old, again, half = await grown(), await grown(), await grown()
+    again.revision, again.rollouts_done = 1, 64
+    half.revision, half.complete, half.rollouts_done = 2, False, 70
+    write(tmp_path, old, shard="w1")
+    write(tmp_path, again, shard="w0")  # read before w1's
+    (back,) = read_trees(tmp_path)
+    assert (back.revision, back.rollouts_done) == (1, 64)
+    write(tmp_path, half, shard="v0")  # killed in the middle of another go
+    (ref,) = index(tmp_path).values()
+    assert not ref.complete and ref.revision == 2 and read_frame(ref).rollouts_done == 70
+
+
 async def test_shard_is_plain_zstandard(tmp_path: Path) -> None:
     path = write(tmp_path, await grown(0), await grown(1))
     lines = subprocess.run(["zstd", "-dc", path], capture_output=True, check=False)
