@@ -54,7 +54,7 @@ class ModelSection:
     template: str = (
         "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
     )
-    system: str = ""  # system message for the chat template
+    system: str = ""  # system message of the chat template; where the template is a text, its first paragraph
     step_tokens: bool = False  # add the step delimiters to the vocabulary (the base of all rounds is then a copy)
     few_shot: str = ""  # a YAML file of worked examples put before the question (bootstrap policies)
 
@@ -156,6 +156,8 @@ class SearchSection:
     top_p: float = 1.0
     max_depth: int = 16  # steps, the answer step counts
     max_step_tokens: int = 256
+    form: str = "steps"  # steps: executed code steps; text: a whole solution in words, method sample only
+    calculator: bool = False  # results of `<<48/2=` annotations are written for the model
     c: float = 2.0  # exploration constant of UCT
     selection: str = "uct"  # uct or puct
     unvisited_first: bool = True  # UCT is infinite at N = 0; false: 0, as in the official code (D1)

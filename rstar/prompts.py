@@ -25,6 +25,8 @@ STEP_TOKENS = (
 """What the delimiters look like in rendered text; each becomes one token where model.step_tokens is on."""
 SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
 
+_ANSWER_LINE = re.compile(r"\s*(?:####|A:)\s*(\S.*?)\s*$")
+_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9])")
 _BRACE = re.compile(r"[{}]")
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
 
@@ -84,9 +86,18 @@ def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
     return Step(kind, text, code=body)
 
 
+def parse_solution(text: str) -> Step | Malformed:
+    """Read a whole solution in words: its last line names the answer, as in GSM8K's data ("#### 72", "A: 72")."""
+    lines = text.strip().splitlines()
+    match = _ANSWER_LINE.match(lines[-1]) if lines else None
+    if match is None:
+        return Malformed("no answer in the last line")
+    return Step(StepKind.ANSWER, text, answer=_THOUSANDS.sub("", match[1]))
+
+
 def kind_of(text: str) -> StepKind:
-    """Kind of a well-formed step text, by its closing delimiter."""
-    return next(kind for d, kind in _STOP_KIND.items() if text.endswith(d))
+    """Kind of a well-formed step, by its closing delimiter; a solution in words, which has none, is an answer."""
+    return next((kind for d, kind in _STOP_KIND.items() if text.endswith(d)), StepKind.ANSWER)
 
 
 def segments(text: str, printed: str) -> tuple[tuple[str, bool], ...]:
@@ -119,9 +130,9 @@ def imitates(printed: str) -> bool:
     return any(d in printed for d in DELIMITERS)
 
 
-def step_prompt(wrapped_question: str) -> PromptText:
-    """Prompt of the first step: the question as the model's template wraps it, then the opening tag."""
-    return PromptText((wrapped_question, OPENING))
+def step_prompt(wrapped_question: str, form: str = "steps") -> PromptText:
+    """Prompt of the first step: the question as the model's template wraps it, then (form: steps) the opening tag."""
+    return PromptText((wrapped_question, OPENING) if form == "steps" else (wrapped_question,))
 
 
 SLM_TEMPLATE = "<|user|>:\n{question}\n<|assistant|>: Let's think step by step and solve the problem with code.\n"

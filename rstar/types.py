@@ -193,6 +193,7 @@ class SamplingParams:
     top_p: float = 1.0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    calculator: bool = False  # write the results of `<<48/2=` annotations for the model (rstar.calculator)
     seed: int = 0  # honoured by the simulated engine only; real engines are not batch-invariant
     adapter: str | None = None  # name of a LoRA adapter the engine has loaded
 

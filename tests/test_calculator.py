@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings, strategies
+from transformers import AutoModelForCausalLM
 
 from rstar.calculator import annotate, calculate, completion, evaluate, written
+from rstar.config import EngineSection
+from rstar.engines import hf
+from rstar.engines.hf import HfPolicy
+from rstar.engines.simulated import SimulatedPolicy
+from rstar.engines.stop_and_continue import stop_and_continue
+from rstar.types import Generation, PromptText, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -72,3 +83,102 @@ def test_plain_calculations_are_annotated_and_everything_else_is_left_alone() ->
 
 def test_value_is_a_fraction() -> None:
     assert evaluate("1/3") == Fraction(1, 3)
+
+
+# -- while a model writes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> HfPolicy:
+    return HfPolicy(str(tiny_model), EngineSection(dtype="float32", device="cpu", max_batch=4))
+
+
+def written_by(
+    policy: HfPolicy, monkeypatch: pytest.MonkeyPatch, text: str, params: SamplingParams
+) -> list[Generation]:
+    """Samples of a model that wants to write `text` first; each sample its tokens in turn, then its own likeliest."""
+    wanted = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    drawn: dict[int, int] = {}
+    sample_tokens = hf.sample_tokens
+
+    def scripted(logits: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, logprobs = sample_tokens(logits, *rest)
+        turn = drawn[0] = drawn.get(0, -1) + 1
+        if turn < len(wanted):
+            tokens = torch.full_like(tokens, wanted[turn])
+        return tokens, logprobs
+
+    monkeypatch.setattr(hf, "sample_tokens", scripted)
+    return asyncio.run(policy.generate(PromptText(("How many clips? ",)), params))
+
+
+def test_hf_result_is_forced_and_the_model_goes_on_from_it(policy: HfPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(n=2, temperature=0, max_tokens=40, calculator=True)
+    first, second = written_by(policy, monkeypatch, "half: <<48/2=", params)
+    assert first.text.startswith("half: <<48/2=24>>") and first.text == second.text
+    reference = AutoModelForCausalLM.from_pretrained(policy.model_path).eval()
+    encode = policy.tokenizer
+    pieces = ("How many clips? ", "half: <<48/2=", "24>>")
+    ids = [policy.encoder.encode(pieces[:1]), *(encode(p, add_special_tokens=False)["input_ids"] for p in pieces[1:])]
+    known = [token for piece in ids for token in piece]
+    goes_on = reference.generate(torch.tensor([known]), max_new_tokens=40 - len(known) + len(ids[0]), do_sample=False)
+    text = encode.decode(goes_on[0, len(ids[0]) :], skip_special_tokens=False)
+    assert first.text == text.removesuffix(encode.eos_token) and first.tokens <= 40
+
+
+@pytest.mark.parametrize("text", ["half: <<48/0=", "half: 48/2=", "<<1+1>> so x="])
+def test_hf_samples_normally_where_there_is_no_result(
+    policy: HfPolicy, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    on = SamplingParams(temperature=0, max_tokens=30, calculator=True)
+    with monkeypatch.context() as patch:
+        (with_calculator,) = written_by(policy, patch, text, on)
+    with monkeypatch.context() as patch:
+        (without,) = written_by(policy, patch, text, replace(on, calculator=False))
+    assert with_calculator.text == without.text
+
+
+def test_hf_forced_result_never_exceeds_the_token_limit(policy: HfPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = len(policy.tokenizer("a <<99999*99999=", add_special_tokens=False)["input_ids"]) + 2
+    (cut,) = written_by(
+        policy, monkeypatch, "a <<99999*99999=", SamplingParams(temperature=0, max_tokens=limit, calculator=True)
+    )
+    assert cut.cut_off and cut.tokens == limit
+
+
+def test_engines_that_stop_and_continue_write_the_same() -> None:
+    says = {"q\n": "two <<1+1=7>> never", "=2>>": ", a slip <<1/0=0>>0", "1/0=": "0>>0 and x=1", "and x=": "1 #### 2"}
+
+    def script(prompt: str, seed: int, index: int) -> str:
+        return next(text for end, text in says.items() if prompt.endswith(end))
+
+    engine = SimulatedPolicy(script, count_tokens=len)
+    params = SamplingParams(n=3, max_tokens=200, calculator=True)
+    found = asyncio.run(stop_and_continue(engine.generate, len, PromptText(("q\n",)), params))
+    assert [g.text for g in found] == ["two <<1+1=2>>, a slip <<1/0=0>>0 and x=1 #### 2"] * 3
+    assert all(g.tokens == len(g.text) and not g.cut_off and g.stop is None for g in found)
+    (short,) = asyncio.run(
+        stop_and_continue(engine.generate, len, PromptText(("q\n",)), replace(params, n=1, max_tokens=20))
+    )
+    assert short.cut_off and short.tokens <= 20
+
+
+@pytest.mark.vllm
+def test_vllm_samples_with_the_calculator(tiny_model: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/run.sh --vllm")
+    from rstar.engines.vllm import VllmPolicy
+
+    async def draw() -> list[Generation]:
+        engine = VllmPolicy(tiny_model, EngineSection(kind="vllm", dtype="float32", max_context=256, cache_mib=64))
+        try:
+            params = SamplingParams(n=4, max_tokens=60, calculator=True)
+            return await engine.generate(PromptText(("x = <<", "48/2")), params)
+        finally:
+            await engine.close()
+
+    found = asyncio.run(draw())
+    assert len(found) == 4 and all(0 < g.tokens <= 61 for g in found)
+    for text in (("x = <<48/2" + g.text) for g in found):
+        for place in (i + 1 for i, c in enumerate(text) if c == "=" and i > 3):
+            result = completion(text[:place]) or ""
+            assert text[place:].startswith(result[: len(text) - place])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from rstar.types import Generation, PromptText, SamplingParams
@@ -51,3 +54,26 @@ def squash(raw: float, scale: float) -> float:
     tanh(raw / 5). `scale` is stored with each checkpoint (config key `rstar_score_scale`).
     """
     return math.tanh(raw / scale)
+
+
+VALUE_HEAD_KEY = "rstar_value_head"  # of a verifier's config.json
+
+
+@dataclass(frozen=True)
+class ValueHead:
+    """An outcome verifier's head (Cobbe et al. 2021, appendix E): value = gain * logit of `token` + bias.
+
+    The value estimates the chance that a solution ends in the right answer; it is not bounded. The end token closes the
+    solution, and the value after it is the score: 2 value - 1, squashed with scale 1, which keeps every order.
+    """
+
+    token: int
+    gain: float
+    bias: float
+
+
+def value_head(model_path: str) -> ValueHead | None:
+    """The head of the verifier in a checkpoint folder; None for any other checkpoint."""
+    config = Path(model_path) / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get(VALUE_HEAD_KEY) if config.is_file() else None
+    return ValueHead(**found) if found is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rstar.config import EngineSection
-from rstar.engines.base import Policy, Scorer
+from rstar.engines.base import Policy, Scorer, value_head
 from rstar.types import UserError
 
 KINDS = ("hf", "vllm", "openai", "simulated")
@@ -32,8 +32,11 @@ def build_policy(section: EngineSection, model_path: str) -> Policy:
 
 
 def build_scorer(section: EngineSection, model_path: str) -> Scorer:
-    """A scorer engine for the PPM checkpoint at `model_path`; beside an openai policy the PPM runs in hf."""
-    match section.kind:
+    """A scorer engine for the PPM or verifier at `model_path`; beside an openai policy it runs in hf.
+
+    So does a verifier beside vLLM, whose pooling runner has no place for its bias.
+    """
+    match "hf" if section.kind == "vllm" and value_head(model_path) else section.kind:
         case "hf" | "openai":
             from rstar.engines.hf import HfScorer
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rstar.calculator import completion
 from rstar.config import EngineSection
-from rstar.engines.base import squash
+from rstar.engines.base import ValueHead, squash, value_head
 from rstar.engines.hf_loop import Engine, Request, load_model, max_context, memory_limits
 from rstar.engines.hf_packed import pack_linears
 from rstar.engines.hf_prefix import Match, PrefixCache, common_prefix
@@ -209,7 +210,7 @@ class HfPolicy(Engine[_Prompt]):
         rows, old = batch.rows, len(batch.samples)
         for entry in admitted:
             rows.add(entry.match.pieces)
-        suffixes = [sample.ids[-1:] for sample in batch.samples]
+        suffixes = [sample.ids[length:] for sample, length in zip(batch.samples, rows.lengths, strict=False)]
         suffixes += [list(entry.prompt.ids[entry.match.length :]) for entry in admitted]
         output, _ = rows.forward(self.model, suffixes, logits_to_keep=0)
         self.usage.prompt_tokens += sum(map(len, suffixes[old:]))
@@ -270,7 +271,19 @@ class HfPolicy(Engine[_Prompt]):
         if stop is not None:
             text, end = stop
             return Generation(stream.text[:end], sample.tokens, sample.logprob, stop=text, cut_off=False)
-        return Generation(stream.text, sample.tokens, sample.logprob, stop=None, cut_off=True) if last else None
+        if last:
+            return Generation(stream.text, sample.tokens, sample.logprob, stop=None, cut_off=True)
+        grown = len(stream.text) > before
+        if params.calculator and grown and stream.text.endswith("=") and (result := completion(stream.text)):
+            self._write(sample, result)
+        return None
+
+    def _write(self, sample: _Sample, text: str) -> None:
+        """Append a text of ours, whose tokens go into the next forward pass; at least one token stays for the model."""
+        room = sample.prompt.limit - sample.tokens - 1
+        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"][:room]:
+            sample.ids.append(token)
+            sample.stream.push(token)
 
     def _drop(self, batch: _Batch, row: int) -> _Sample:
         """Take a sample out of the batch and keep its keys and values; the last sample takes its row."""
@@ -300,7 +313,7 @@ class _Paths(Request):
 
 
 class HfScorer(Engine[_Paths]):
-    """A sequence classifier with one output as a scorer: its raw output at the last token, squashed.
+    """A sequence classifier with one output, or a verifier, as a scorer: its raw output at the last token, squashed.
 
     The last token is the last one of the ids, whatever the padding token is: the head is applied here, because stock
     classes look for the last token that is not padding and go wrong where padding and end token are the same.
@@ -313,26 +326,34 @@ class HfScorer(Engine[_Paths]):
     def __init__(self, model_path: str, section: EngineSection) -> None:
         super().__init__(section)
         self.encoder = SegmentEncoder(load_tokenizer(model_path))
-        self.model = load_model(AutoModelForSequenceClassification, model_path, section)
-        if self.model.config.num_labels != 1 or not hasattr(self.model, "score"):
+        head = value_head(model_path)
+        self._end: tuple[int, ...] = ()
+        if head is not None:
+            self.model = load_model(AutoModelForCausalLM, model_path, section)
+            self.model.score = _score_layer(self.model, head)
+            self._end = (self.encoder.tokenizer.eos_token_id,)
+        else:
+            self.model = load_model(AutoModelForSequenceClassification, model_path, section)
+        if head is None and (self.model.config.num_labels != 1 or not hasattr(self.model, "score")):
             raise UserError(
                 f"{model_path} is a classifier of {self.model.config.num_labels} labels",
                 need="num_labels=1 and a head named score",
                 how="give a checkpoint of the PPM trainer",
             )
         self.max_context = max_context(self.model.config, section)
-        self.scale = float(getattr(self.model.config, "rstar_score_scale", 5.0))
-        pack_linears(self.model)
+        self.scale = 1.0 if head is not None else float(getattr(self.model.config, "rstar_score_scale", 5.0))
+        self.model.score.float()  # bfloat16 would leave some hundred different scores
+        pack_linears(self.model.base_model)
         rows, kept = memory_limits(section)
         self._rows = RowBuffer(self.model, rows)
         self._prefixes = PrefixCache(kept)
         self._queue: list[tuple[_Paths, int]] = []
 
     async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
-        """As Scorer.score. Completions are segments after the prompt's; no end token is added."""
+        """As Scorer.score. Completions are segments after the prompt's; a verifier reads the end token behind them."""
         if not completions:
             return []
-        ids = [tuple(self.encoder.encode((*prompt.segments, *completion))) for completion in completions]
+        ids = [(*self.encoder.encode((*prompt.segments, *completion)), *self._end) for completion in completions]
         longest = max(map(len, ids))
         if longest > self.max_context or min(map(len, ids)) < 1:
             raise UserError(
@@ -354,7 +375,7 @@ class HfScorer(Engine[_Paths]):
                 self._rows.add(match.pieces)
             suffixes = [request.ids[i][match.length :] for request, i, match in chosen]
             output, last = self._rows.forward(self.model.base_model, suffixes)
-            raw = self.model.score(output.last_hidden_state[0, last])[:, 0].float().tolist()
+            raw = self.model.score(output.last_hidden_state[0, last].float())[:, 0].tolist()
             for row, ((request, i, _), value) in enumerate(zip(chosen, raw, strict=True)):
                 self._prefixes.insert(request.ids[i], partial(self._rows.read, row))
                 request.scores[i] = squash(value, self.scale)
@@ -392,6 +413,15 @@ class HfScorer(Engine[_Paths]):
     def _release(self) -> None:
         self._abandon()
         self.model = None
+
+
+def _score_layer(model: Any, head: ValueHead) -> torch.nn.Linear:
+    """A verifier's 2 value - 1 as a layer over the last hidden states."""
+    layer = torch.nn.Linear(model.config.hidden_size, 1, device=model.device)
+    with torch.inference_mode():
+        layer.weight.copy_(2 * head.gain * model.get_output_embeddings().weight[head.token])
+        layer.bias.fill_(2 * head.bias - 1)
+    return layer
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -28,6 +28,7 @@ import aiohttp
 
 from rstar.config import EngineSection
 from rstar.engines.base import EngineError
+from rstar.engines.stop_and_continue import stop_and_continue
 from rstar.tokens import load_tokenizer
 from rstar.types import Generation, JsonValue, PromptText, SamplingParams, Usage, UserError
 
@@ -89,6 +90,8 @@ class OpenAIPolicy:
 
         Raises UserError with the server's message on 4xx, EngineError when the tries are used up.
         """
+        if params.calculator:  # the server's tokenizer is not known: a result counts as many tokens as characters
+            return await stop_and_continue(self.generate, len, prompt, params)
         wanted = 1 if params.temperature == 0 else params.n
         samples: list[Generation] = []
         while len(samples) < wanted:  # some servers give one choice whatever `n` says

@@ -28,6 +28,7 @@ from vllm.transformers_utils.config import get_config
 
 from rstar.config import EngineSection
 from rstar.engines.base import EngineError, squash
+from rstar.engines.stop_and_continue import stop_and_continue
 from rstar.tokens import SegmentEncoder, check_model_folder, load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams, Usage, UserError
 
@@ -144,6 +145,9 @@ class VllmPolicy(_VllmModel):
 
     async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
         """Return `params.n` samples. Greedy samples are all alike, so one is generated and repeated."""
+        if params.calculator:
+            count = lambda text: len(self._encoder.encode([text]))  # noqa: E731
+            return await stop_and_continue(self.generate, count, prompt, params)
         ids = self._encoder.encode(prompt.segments)
         self._check_length(ids, room=1)
         adapter = None

@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from rstar.sandbox import Sandbox
 from rstar.search.beam import beam_search, dvts
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.mcts import Mcts
-from rstar.search.sample import sample
+from rstar.search.sample import sample, score_answers
 from rstar.store import FrameRef, TreeWriter, index, read_frame
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
@@ -38,6 +39,7 @@ class SearchPass:
     folder: Path
     search: SearchSection
     test_time: bool = False  # the ground truth does not guide the search; answers are scored by the PPM
+    trees: Path | None = None  # nothing is generated: the answers of this folder's trees are scored
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class SearchWorker:
         self._scorer: Scorer | None = None
         self._writers: list[TreeWriter] = []
         self._earlier: list[dict[str, FrameRef]] = []
+        self._sources: list[dict[str, FrameRef]] = []
         self._wrap: Callable[[str], str] | None = None
 
     async def start(self) -> None:
@@ -129,9 +132,11 @@ class SearchWorker:
         await self.sandbox.start()
         self._grader = Grader(self.sandbox)
         self._wrap = question_wrapper(job.policy, job.model)
-        self._policy = build_policy(job.engine, job.policy)
+        if any(one.trees is None for one in job.passes):
+            self._policy = build_policy(job.engine, job.policy)
         self._scorer = build_scorer(job.engine, job.ppm) if job.ppm else None
         self._earlier = [index(one.folder) for one in job.passes]
+        self._sources = [index(one.trees) if one.trees is not None else {} for one in job.passes]
         self._writers = [TreeWriter(one.folder / f"trees-{self.name}.jsonl.zst") for one in job.passes]
 
     async def close(self) -> None:
@@ -146,6 +151,8 @@ class SearchWorker:
         """Grow one tree per seed, escalate while the problem has no correct answer, and store what is finished."""
         one = self.job.passes[item.pass_index]
         section = one.search
+        if one.trees is not None:
+            return await self._score_again(item)
         trees = [self._tree(item, seed) for seed in section.seeds]
         tools = self._tools(one)
         growing = [Expander(tree, tools, _sampling(section)) for tree in trees if not tree.complete]
@@ -158,8 +165,32 @@ class SearchWorker:
             self._writers[item.pass_index].append(expander.tree)
         return summarise(item, trees, test_time=one.test_time)
 
+    async def _score_again(self, item: WorkItem) -> ProblemSummary:
+        """Copy the problem's trees of the pass's `trees` with their answers scored; it generates nothing."""
+        assert self._scorer is not None
+        trees = []
+        for seed in self.job.passes[item.pass_index].search.seeds:
+            source = self._sources[item.pass_index].get(tree_id(item.problem, seed))
+            if source is None or not source.complete:
+                raise UserError(
+                    f"no finished tree {tree_id(item.problem, seed)} to score", how="run the earlier stages"
+                )
+            tree = read_frame(source)
+            tree.ppm, tree.tokens, tree.engine_calls, tree.seconds = self.job.ppm, 0, 0, 0.0
+            begun = time.monotonic()
+            await score_answers(tree, self._scorer)
+            tree.seconds = time.monotonic() - begun
+            self._writers[item.pass_index].append(tree)
+            trees.append(tree)
+        return summarise(item, trees, test_time=True)
+
     async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
         section = self.job.passes[item.pass_index].search
+        if section.form != "steps" and (section.form, section.method) != ("text", "sample"):
+            raise UserError(
+                f"search.form={section.form} with search.method={section.method}",
+                need="steps, or text with method sample",
+            )
         writer = self._writers[item.pass_index]
 
         def checkpoint(tree: Tree) -> None:
@@ -198,7 +229,7 @@ class SearchWorker:
         return Tree(
             tree_id=tree_id(problem, seed),
             problem=problem,
-            prompt=step_prompt(self._wrap(problem.question)).segments,
+            prompt=step_prompt(self._wrap(problem.question), section.form).segments,
             recipe=self.job.recipe,
             searcher=section.method,
             settings={**asdict(section), "sandbox": self.sandbox.level},
@@ -226,6 +257,8 @@ def _sampling(section: SearchSection) -> Sampling:
         temperature=section.temperature,
         top_p=section.top_p,
         max_step_tokens=section.max_step_tokens,
+        form=section.form,
+        calculator=section.calculator,
         max_depth=section.max_depth,
         ppm_prior_visits=section.ppm_prior_visits,
         back_up_dead_ends=section.back_up_dead_ends,

@@ -11,8 +11,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from rstar.engines.base import Scorer
 from rstar.prompts import render
 from rstar.search.expand import Expander
+from rstar.tree import Tree
 from rstar.types import PromptText
 
 
@@ -25,9 +27,15 @@ async def sample(expander: Expander, n: int) -> None:
         live = [child for child in await expander.expand_all(live, counts) if child.terminal is None]
         counts = [child.multiplicity for child in live]
     expander.tools = tools
-    if tools.scorer is not None and tools.grade is None and (found := tree.answers()):
-        paths = [[text for text, _ in render([(n.text, n.stdout) for n in tree.path(leaf)])] for leaf in found]
-        for leaf, score in zip(found, await tools.scorer.score(PromptText(tree.prompt), paths), strict=True):
-            tree.set_ppm_value(leaf, score)
+    if tools.scorer is not None and tools.grade is None:
+        await score_answers(tree, tools.scorer)
     tree.rollouts_done = n
     tree.seconds += time.monotonic() - begun
+
+
+async def score_answers(tree: Tree, scorer: Scorer) -> None:
+    """Give every finished answer its score, all of them in one call; an earlier score is exchanged."""
+    found = tree.answers()
+    paths = [[text for text, _ in render([(n.text, n.stdout) for n in tree.path(leaf)])] for leaf in found]
+    for leaf, score in zip(found, await scorer.score(PromptText(tree.prompt), paths), strict=True):
+        tree.set_ppm_value(leaf, score)
