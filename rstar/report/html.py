@@ -21,7 +21,7 @@ from rstar.report import sections
 from rstar.report.results import Results, main_table, results
 from rstar.report.sample import Sample, sample_trees
 from rstar.rounds import RoundDir
-from rstar.store import sync_folder
+from rstar.store import sync_path
 
 
 def write_report(run: Path, *, trees: int = 12) -> Path:
@@ -38,7 +38,7 @@ def write_report(run: Path, *, trees: int = 12) -> Path:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(run)
+    sync_path(run)
     return path
 
 
