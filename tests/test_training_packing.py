@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +16,32 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rstar.config import PpmSection, TrainSection
+from rstar.extract.outcomes import outcome_rows as extract_outcomes
+from rstar.extract.preferences import preference_rows
+from rstar.extract.q_values import q_rows as extract_q
+from rstar.extract.sft import sft_rows as extract_sft
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, OptimizerSteps, micro_batches, optimizer_batches
-from rstar.training.data import EncodedRow, encode_outcome, encode_pair, encode_sft
+from rstar.training.data import EncodedRow, encode_sft
 from rstar.training.models import load_policy, load_ppm
-from rstar.training.packing import TreeAttention, pack, trie_tokens
-from rstar.training.ppm import ScoreLoss
+from rstar.training.packing import FLEX_BLOCK, TreeAttention, pack, tree_attention, trie_tokens
+from rstar.training.ppm import ScoreLoss, encoded_rows
 from rstar.training.sft import TokenLoss
-from tests.training_rows import outcome_rows, pair_rows, sft_rows
+from tests.training_rows import outcome_rows, pair_rows, q_rows, search_trees, sft_rows
 
 Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def searched_rows() -> dict[str, list[Any]]:
+    """Rows of trees that an MCTS has grown, by loss."""
+    trees = search_trees()
+    return {
+        "sft": [row for tree in trees for row in extract_sft([tree], top=6)],
+        "pairwise": [row for tree in trees for row in preference_rows(tree)],
+        "mse": [row for tree in trees for row in extract_q(tree)],
+        "bce": [row for tree in trees for row in extract_outcomes(tree)],
+    }
 
 
 def encoder_of(model: Path) -> SegmentEncoder:
@@ -74,34 +92,67 @@ def test_policy_loss_and_gradients_equal_those_of_plain_rows(tiny_model: Path, t
     assert_equal(run(module, batches), plain_sft(tiny_model, rows))
 
 
-@pytest.mark.parametrize("loss", ["pairwise", "tanh", "mse", "bce"])
-def test_score_loss_and_gradients_equal_those_of_plain_rows(tiny_model: Path, tmp_path: Path, loss: str) -> None:
+def test_searched_trees_give_the_policy_loss_of_plain_rows(
+    tiny_model: Path, searched_rows: dict[str, list[Any]]
+) -> None:
     encoder = encoder_of(tiny_model)
-    section = PpmSection(loss="pairwise" if loss == "tanh" else loss, tanh_in_loss=loss == "tanh", score_scale=1.5)
+    rows = [encode_sft(row, encoder, 2000) for row in searched_rows["sft"]]
+    module = TokenLoss(load_policy(str(tiny_model), TrainSection(), encoder.tokenizer).model)
+    (batches,) = micro_batches(rows, 600, tree_packing=True)
+    assert len(batches) > 1 and sum(batch.tokens for batch in batches) < 0.8 * sum(row.tokens for row in rows)
+    assert_equal(run(module, batches), plain_sft(tiny_model, rows))
+
+
+LOSSES = {
+    "pairwise": PpmSection(),
+    "margin": PpmSection(margin=0.4),
+    "tanh": PpmSection(tanh_in_loss=True, score_scale=1.5),
+    "mse": PpmSection(loss="mse", score_scale=1.5),
+    "bce": PpmSection(loss="bce", score_scale=1.5),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("source", ["made_up", "searched"])
+def test_score_loss_and_gradients_equal_those_of_plain_rows(
+    tiny_model: Path, tmp_path: Path, searched_rows: dict[str, list[Any]], name: str, source: str
+) -> None:
+    """Flat: every path by itself through stock transformers, the loss by its definition."""
+    encoder, section = encoder_of(tiny_model), LOSSES[name]
+    made_up = {"pairwise": pair_rows(), "mse": q_rows(), "bce": outcome_rows()}
+    rows = (made_up if source == "made_up" else searched_rows)[section.loss]
     ppm = load_ppm(str(tiny_model), section, encoder.tokenizer).model
     torch.nn.init.normal_(ppm.score.weight, std=0.3)
     ppm.save_pretrained(tmp_path)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).train()
 
-    def score(path: np.ndarray) -> Tensor:
-        return plain(torch.from_numpy(path)[None]).logits[0, 0]
+    def score(prompt: tuple[str, ...], texts: Iterable[str]) -> Tensor:
+        raw = plain(torch.tensor([encoder.encode((*prompt, *texts))])).logits[0, 0]
+        return raw if section.loss == "pairwise" and not section.tanh_in_loss else torch.tanh(raw / 1.5)
 
-    if section.loss == "pairwise":
-        rows = [encode_pair(row, encoder, 1000) for row in pair_rows()]
-        squash = (lambda r: torch.tanh(r / 1.5)) if loss == "tanh" else (lambda r: r)
-        terms = [-functional.logsigmoid(squash(score(r.paths[0])) - squash(score(r.paths[1]))) for r in rows]
-    else:
-        rows = [encode_outcome(row, encoder, 1000) for row in outcome_rows()]
-        values = [torch.tanh(score(row.paths[0]) / 1.5) for row in rows]
-        if loss == "mse":
-            terms = [(v - row.label) ** 2 for v, row in zip(values, rows, strict=True)]
+    terms, weights = [], []
+    for row in rows:
+        if section.loss == "pairwise":
+            chosen, rejected = (score(row.prompt_segments, s) for s in (row.chosen_segments, row.rejected_segments))
+            terms.append(-functional.logsigmoid(chosen - rejected - section.margin * row.q_margin))
+            weights.append(row.weight)
+        elif section.loss == "mse":
+            for k, q in enumerate(row.q_values):
+                path = [text for step in row.steps[: k + 1] for text in step]
+                terms.append((score(row.prompt_segments, path) - q) ** 2)
+                weights.append(1.0)
         else:
-            terms = [-torch.log((1 + v) / 2 if row.label else (1 - v) / 2) for v, row in zip(values, rows, strict=True)]
-    weights = torch.tensor([row.weight for row in rows])
-    expected = (weights * torch.stack(terms)).sum() / weights.sum()
+            right = (1 + score(row.prompt_segments, (text for text, _ in row.segments))) / 2
+            terms.append(-torch.log(right if row.label else 1 - right))
+            weights.append(1.0)
+    weight = torch.tensor(weights)
+    expected = (weight * torch.stack(terms)).sum() / weight.sum()
     expected.backward()
-    for budget in (200, 100_000):
-        (batches,) = micro_batches(rows, budget, tree_packing=True)
+    encoded = encoded_rows(rows, section.loss, encoder, 2000)
+    flat = sum(row.tokens for row in encoded)
+    for budget in (400, 100_000):
+        (batches,) = micro_batches(encoded, budget, tree_packing=True)
+        assert sum(batch.tokens for batch in batches) < 0.8 * flat
         assert_equal(run(ScoreLoss(ppm, section), batches), (float(expected.detach()), gradients(plain)))
 
 
@@ -117,11 +168,28 @@ def test_sharing_saves_tokens_and_padding_to_a_multiple_changes_nothing(tiny_mod
     assert_equal(run(module, shared), run(module, filled))
 
 
-def test_flex_attention_has_the_same_rule_as_the_dense_masks(tiny_model: Path) -> None:
+@pytest.mark.parametrize("window", [0, 5])
+def test_flex_attention_gives_what_the_dense_masks_give(window: int) -> None:
+    """Two tries, a chain and the filling behind each other, grouped heads. (No backward on CPU.)"""
+    chance = np.random.default_rng(0)
+    tries = [[chance.integers(0, 3, chance.integers(20, 60)) for _ in range(6)] for _ in range(2)]
+    packed = pack([*tries, [chance.integers(0, 3, 40)]], multiple_of=FLEX_BLOCK)
+    query, key, value = (torch.randn(1, heads, len(packed.ids), 16) for heads in (4, 2, 2))
+    outputs = []
+    for flex in (False, True):
+        tree = TreeAttention.of(packed, torch.device("cpu"))
+        tree.flex = flex
+        options = {"scaling": 0.2, "sliding_window": window or None, "tree": tree}
+        outputs.append(tree_attention(torch.nn.Module(), query, key, value, None, **options)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+    assert outputs[0].shape == (1, len(packed.ids), 4, 16)
+
+
+def test_a_model_with_flex_attention_has_the_same_loss(tiny_model: Path) -> None:
     encoder = encoder_of(tiny_model)
     rows = [encode_sft(row, encoder, 1000) for row in sft_rows()]
     module = TokenLoss(load_policy(str(tiny_model), TrainSection(), encoder.tokenizer).model)
-    (batch,), = micro_batches(rows, 100_000, tree_packing=True, multiple_of=128)  # fmt: skip
+    (batch,), = micro_batches(rows, 100_000, tree_packing=True, multiple_of=FLEX_BLOCK)  # fmt: skip
     with torch.no_grad():
         dense = float(module(batch))
         batch.attention.flex, batch.attention.masks = True, {}

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rstar.config import PpmSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import micro_batches
-from rstar.training.data import encode_pair
+from rstar.training.data import encode_pair, encode_q_values
 from rstar.training.losses import pairwise_losses, q_losses
 from rstar.training.models import give_pad_token, load_ppm
 from rstar.training.ppm import ScoreLoss, held_out_problems, pair_metrics, train_ppm
-from rstar.types import UserError
-from tests.training_rows import outcome_rows, pair_rows
+from rstar.types import QValueRow, UserError
+from tests.training_rows import outcome_rows, pair_rows, q_rows
 
 QUICK = PpmSection(epochs=6, learning_rate=3e-3, batch_size=8, micro_batch_tokens=2048, dtype="float32")
 
@@ -81,16 +81,51 @@ def held_out(rows: list) -> set[str]:
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
-def test_labels_are_learnt(tiny_model: Path, tmp_path: Path, loss: str) -> None:
-    section = dataclasses.replace(QUICK, loss=loss, epochs=30, score_scale=1.0)
-    result = train_ppm(outcome_rows(trees=4), str(tiny_model), tmp_path / "v", section, seed=0)
-    assert result.training.last_loss < 0.2 * result.training.first_loss
-    assert result.heldout_after is None
+def test_labels_are_learnt_and_measured_by_the_pairs_they_order(tiny_model: Path, tmp_path: Path, loss: str) -> None:
+    section = dataclasses.replace(QUICK, loss=loss, epochs=30, score_scale=1.0, heldout=0.2)
+    rows = q_rows(trees=10)
+    if loss == "bce":
+        rows = [dataclasses.replace(row, label=float("way 1" in row.completion)) for row in outcome_rows(trees=10)]
+    result = train_ppm(rows, str(tiny_model), tmp_path / "v", section, seed=0)
+    assert result.training.last_loss < 0.5 * result.training.first_loss
+    assert result.train_before is not None and result.train_after is not None and result.heldout_after is not None
+    assert result.train_after.accuracy > 0.7 > result.train_before.accuracy
+    held = [row for row in rows if row.problem_id in held_out_problems([r.problem_id for r in rows], 0.2, 0)]
+    values = {
+        tree: [v for r in held if r.tree_id == tree for v in (r.q_values if isinstance(r, QValueRow) else [r.label])]
+        for tree in {r.tree_id for r in held}
+    }
+    assert result.heldout_after.pairs == sum(a > b for found in values.values() for a in found for b in found) > 0
+
+
+def test_a_margin_is_demanded_of_the_scores() -> None:
+    chosen, rejected, margin = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.5])
+    losses = pairwise_losses(chosen, rejected, margin_N=margin)
+    assert losses.tolist() == pytest.approx([np.log(2), np.log1p(np.exp(-1.5))], abs=1e-6)
 
 
 def test_rows_of_the_wrong_kind_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rows of another kind"):
+    with pytest.raises(UserError, match=r"ppm.loss=pairwise with a OutcomeRow; need rows of kind PreferenceRow"):
         train_ppm(outcome_rows(), str(tiny_model), tmp_path / "v", QUICK, seed=0)
+    with pytest.raises(UserError, match="need pairwise, mse, bce"):
+        train_ppm(outcome_rows(), str(tiny_model), tmp_path / "v", dataclasses.replace(QUICK, loss="hinge"), seed=0)
+
+
+def test_a_long_solution_is_scored_at_the_steps_that_are_left(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    row = q_rows()[0]
+    whole = encode_q_values(row, encoder, 1000)
+    assert whole.labels.tolist() == list(row.q_values) and not whole.truncated
+    for place, step in zip(whole.scored, row.steps, strict=True):
+        assert encoder.tokenizer.decode(whole.paths[0][: place + 1]).endswith(step[-1])
+    room = len(encoder.encode([text for step in row.steps for text in step])) - 1  # the first step no longer fits
+    cut = encode_q_values(row, encoder, room)
+    assert cut.truncated and cut.paths[0].tolist() == encoder.encode([t for step in row.steps[1:] for t in step])
+    assert cut.labels.tolist() == list(row.q_values[1:]) and cut.scored[-1] == len(cut.paths[0]) - 1
+    last = encode_q_values(row, encoder, 5)  # not even the last step fits whole
+    assert last.labels.tolist() == [row.q_values[-1]] and last.scored.tolist() == [4]
+    with pytest.raises(UserError, match="3 steps and 2 Q-values"):
+        encode_q_values(dataclasses.replace(row, q_values=(0.0, 0.5)), encoder, 1000)
 
 
 def test_no_pairs_stop_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -1,10 +1,18 @@
-"""Rows of made-up search trees for the training tests: solutions of one question that share their first steps."""
+"""Rows of made-up search trees for the training tests: solutions of one question that share their first steps. And
+trees that a search has really grown, with a scripted policy."""
 
 from __future__ import annotations
 
+import asyncio
 import random
+from types import SimpleNamespace
 
-from rstar.types import OutcomeRow, PreferenceRow, SftRow, UserError
+from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
+from rstar.prompts import step_prompt
+from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.mcts import Mcts
+from rstar.tree import Tree
+from rstar.types import Execution, ExecutionStatus, OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
 
 Segments = tuple[tuple[str, bool], ...]
 
@@ -74,6 +82,48 @@ def outcome_rows(trees: int = 3, count: int = 4) -> list[OutcomeRow]:
                    row.node_ids, row.prompt_segments)
         for row in sft_rows(trees, count)
     ]  # fmt: skip
+
+
+def q_rows(trees: int = 3, count: int = 4) -> list[QValueRow]:
+    """Three steps each, what follows the second one's code belongs to it; a path's Q depends on its text alone."""
+    rows = []
+    for row in sft_rows(trees, count):
+        first, last, shown, answer = (text for text, _ in row.segments)
+        steps = ((first,), (last, shown), (answer,))
+        prefixes = [row.prompt + "".join(text for step in steps[: k + 1] for text in step) for k in range(3)]
+        values = tuple(random.Random(prefix).uniform(-1, 1) for prefix in prefixes)
+        rows.append(
+            QValueRow(row.prompt, row.completion, steps, values, row.problem_id, row.tree_id, (1, 2, 3),
+                      row.prompt_segments)
+        )  # fmt: skip
+    return rows
+
+
+def search_trees(problems: int = 3, rollouts: int = 16) -> list[Tree]:
+    """Trees of an MCTS over sums, solved by the scripted policy; only the execution of its code is played."""
+
+    async def run(parent: str, code: str) -> tuple[str, Execution]:
+        failed = "table[0]" in code
+        lines = [line for line in f"{parent}\n{code}".splitlines() if line.startswith("total = ")]
+        scope: dict[str, int] = {}
+        exec("" if failed else "\n".join(lines), {}, scope)  # the scripted policy's own sums
+        printed = f"{scope.get('total', 0)}\n" if "print(" in code and not failed else ""
+        status = ExecutionStatus.ERROR if failed else ExecutionStatus.OK
+        return f"{parent}\n{code}", Execution(status, stdout=printed)
+
+    async def right(answer: str, problem: Problem) -> bool:
+        return answer == problem.answer
+
+    async def grow(question: str, answer: int) -> Tree:
+        session = SimpleNamespace(state=lambda codes: "\n".join(codes), run=run)
+        tools = Tools(SimulatedPolicy(arithmetic_script), None, lambda seed: session, right)  # type: ignore[arg-type]
+        problem = Problem(id=question, question=question, answer=str(answer))
+        tree = Tree(tree_id=f"{question}#0", problem=problem, prompt=step_prompt(f"{question}\n").segments)
+        await Mcts(Expander(tree, tools, Sampling(candidates=8, temperature=1.0))).search(rollouts)
+        return tree
+
+    sums = [(12 + k, 3, 7 + k, 20, 4) for k in range(problems)]
+    return [asyncio.run(grow(f"{a} * {b} + {c} + {d} - {e}", a * b + c + d - e)) for a, b, c, d, e in sums]
 
 
 def make_a_mistake() -> None:

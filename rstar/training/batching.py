@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rstar.training.data import EncodedRow
+from rstar.training.data import EncodedRow, Floats
 from rstar.training.packing import FLEX_BLOCK, Ids, TreeAttention, depth_first, pack, trie_tokens
 
 
@@ -49,12 +48,20 @@ def optimizer_batches(trees: Sequence[str], batch_size: int, random: np.random.G
     return batches
 
 
+def by_tree(rows: Sequence[EncodedRow]) -> dict[str, list[EncodedRow]]:
+    """Rows under their tree's id, in order of appearance."""
+    trees: dict[str, list[EncodedRow]] = {}
+    for row in rows:
+        trees.setdefault(row.tree_id, []).append(row)
+    return trees
+
+
 @dataclass
 class MicroBatch:
     """One forward pass: a packed sequence of T tokens and the N terms of the loss.
 
     Terms read `places` (P,), distinct places of the sequence. Policy: term i is target[i] after place which[i]. Scores:
-    term i is the score at which[i], minus the one at other[i] for a pair.
+    term i is the score at which[i], minus the one at other[i] for a pair. Terms follow the order of `rows`.
     """
 
     ids: Tensor  # (1, T)
@@ -64,7 +71,7 @@ class MicroBatch:
     which: Tensor  # (N,) into places
     other: Tensor  # (N,) target ids (policy), the rejected's index into places (pairs)
     weight: Tensor  # (N,) normalised over the optimizer batch
-    label: Tensor  # (N,) of outcome rows
+    label: Tensor  # (N,) outcomes, Q-values, or Q margins of pairs
     rows: tuple[str, ...]
 
     @property
@@ -112,7 +119,6 @@ def build(
     )
 
 
-Floats = npt.NDArray[np.float64]
 Terms = tuple[Ids, Ids, Floats, Floats]
 
 
@@ -128,15 +134,21 @@ def _token_terms(rows: Sequence[EncodedRow], where: Sequence[Ids], ids: Ids) -> 
 
 
 def _score_terms(rows: Sequence[EncodedRow], where: Sequence[Ids]) -> Terms:
-    """(place of the scored, or chosen, path's last token, the rejected's, weight, label)."""
-    last = iter([places[-1] for places in where])
-    ends = np.array([[next(last) for _ in row.paths] for row in rows], dtype=np.int64)
-    return ends[:, 0], ends[:, -1], np.array([row.weight for row in rows]), np.array([row.label for row in rows])
+    """(place of the scored, or chosen, path's token, the rejected's last, weight, label)."""
+    found = iter(where)
+    paths = [[next(found) for _ in row.paths] for row in rows]
+    counts = [row.terms for row in rows]
+    return (
+        np.concatenate([own[0][row.scored] for row, own in zip(rows, paths, strict=True)]),
+        np.repeat([own[-1][-1] for own in paths], counts),
+        np.repeat([row.weight for row in rows], counts),
+        np.concatenate([row.labels for row in rows]),
+    )
 
 
 def normaliser(rows: Sequence[EncodedRow]) -> float:
-    """What an optimizer batch's weighted sum of losses is divided by: its weighted target tokens, or pair weights."""
-    return float(sum(row.weight * (row.trained.sum() if len(row.trained) else 1.0) for row in rows))
+    """What an optimizer batch's weighted sum of losses is divided by: the sum of its terms' weights."""
+    return sum(row.weight * row.terms for row in rows)
 
 
 def micro_batches(
@@ -149,10 +161,7 @@ def micro_batches(
     total = normaliser(rows) or 1.0
     tries: list[list[EncodedRow]] = []
     if tree_packing:
-        members: dict[str, list[EncodedRow]] = {}
-        for row in rows:
-            members.setdefault(row.tree_id, []).append(row)
-        for group in members.values():
+        for group in by_tree(rows).values():
             order = depth_first([row.paths[0] for row in group])
             tries.extend(_within([group[k] for k in order], budget))
     else:

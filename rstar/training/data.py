@@ -2,6 +2,8 @@
 
 A row becomes one path of tokens (a solution) or two (chosen and rejected of a pair), tokenised segment by segment as
 the engines do. Rows longer than the limit lose segments from the left: what is scored or trained last stays.
+
+A path's tokens are trained on (a policy's rows), or the scores at some of its places are (all others).
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import numpy.typing as npt
 
 from rstar.tokens import SegmentEncoder
 from rstar.training.packing import Ids
-from rstar.types import OutcomeRow, PreferenceRow, SftRow, UserError
+from rstar.types import OutcomeRow, PreferenceRow, QValueRow, SftRow, UserError
 
-R = TypeVar("R", SftRow, PreferenceRow, OutcomeRow)
+R = TypeVar("R", SftRow, PreferenceRow, QValueRow, OutcomeRow)
+Floats = npt.NDArray[np.float64]
 
 
 def read_rows(path: Path, kind: type[R]) -> list[R]:
@@ -59,14 +62,20 @@ class EncodedRow:
     tree_id: str  # rows of one tree share prefixes
     problem_id: str
     paths: tuple[Ids, ...]  # one, or (chosen, rejected)
-    trained: npt.NDArray[np.bool_]  # of paths[0]: tokens that are targets; empty where the last token is scored instead
-    weight: float
-    label: float = 0.0  # of an OutcomeRow
-    truncated: bool = False
+    trained: npt.NDArray[np.bool_]  # of paths[0]: tokens that are targets; empty where scores are trained
+    scored: Ids  # places of paths[0] whose scores are terms of the loss; empty where tokens are trained
+    labels: Floats  # one per scored place: outcome, Q-value, or a pair's Q margin
+    weight: float  # of each term
+    truncated: bool
 
     @property
     def tokens(self) -> int:
         return sum(len(path) for path in self.paths)
+
+    @property
+    def terms(self) -> int:
+        """Terms of the loss."""
+        return len(self.scored) or int(self.trained.sum())
 
 
 def encode_sft(row: SftRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
@@ -78,15 +87,12 @@ def encode_sft(row: SftRow, encoder: SegmentEncoder, max_length: int) -> Encoded
     if not any(own):
         raise UserError(f"row {name} has nothing that the model wrote", need="at least one own segment")
     end_token = encoder.tokenizer.eos_token_id if own[-1] else None
-    room = max_length - (end_token is not None)
-    (ids,), (ends,), dropped = _fit((segments,), encoder, room)
-    trained = np.repeat(np.array(own[dropped:]), np.diff([0, *ends]))
-    trained = trained[len(trained) - len(ids) :]  # a single segment longer than the room was cut inside
+    (ids,), (ends,), truncated = _fit((segments,), encoder, max_length - (end_token is not None))
+    trained = np.repeat(np.array(own), np.diff(np.maximum([0, *ends], 0)))
     if end_token is not None:
         ids, trained = np.append(ids, end_token), np.append(trained, True)
     trained[0] = False  # nothing comes before it that could predict it
-    cut = dropped > 0 or len(ids) < ends[-1]
-    return EncodedRow(name, row.tree_id, row.problem_id, (ids,), trained, row.weight, truncated=cut)
+    return EncodedRow(name, row.tree_id, row.problem_id, (ids,), trained, _NOWHERE, _NO_LABEL, row.weight, truncated)
 
 
 def encode_pair(row: PreferenceRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
@@ -94,22 +100,51 @@ def encode_pair(row: PreferenceRow, encoder: SegmentEncoder, max_length: int) ->
     prompt = row.prompt_segments or (row.prompt,)
     chosen = (*prompt, *(row.chosen_segments or (row.chosen,)))
     rejected = (*prompt, *(row.rejected_segments or (row.rejected,)))
-    paths, ends, dropped = _fit((chosen, rejected), encoder, max_length)
-    cut = dropped > 0 or any(len(path) < end[-1] for path, end in zip(paths, ends, strict=True))
+    paths, _, truncated = _fit((chosen, rejected), encoder, max_length)
+    last, margin = np.array([len(paths[0]) - 1]), np.array([row.q_margin])
     name = _name(row.tree_id, row.node_ids)
-    return EncodedRow(name, row.tree_id, row.problem_id, paths, _NONE, row.weight, truncated=cut)
+    return EncodedRow(name, row.tree_id, row.problem_id, paths, _NOT_TRAINED, last, margin, row.weight, truncated)
 
 
 def encode_outcome(row: OutcomeRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
     """Path of a labelled solution, scored at its last token."""
     segments = (*(row.prompt_segments or (row.prompt,)), *(text for text, _ in row.segments))
-    paths, ends, dropped = _fit((segments,), encoder, max_length)
-    cut = dropped > 0 or len(paths[0]) < ends[0][-1]
-    name = _name(row.tree_id, row.node_ids)
-    return EncodedRow(name, row.tree_id, row.problem_id, paths, _NONE, 1.0, row.label, truncated=cut)
+    return _scored(row, segments, [len(segments)], [row.label], encoder, max_length)
 
 
-_NONE = np.zeros(0, dtype=np.bool_)
+def encode_q_values(row: QValueRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
+    """Path of a solution, scored at the last token of each step; steps that are cut off leave no term behind."""
+    if len(row.q_values) != len(row.steps) or not row.steps:
+        raise UserError(
+            f"row {_name(row.tree_id, row.node_ids)} has {len(row.steps)} steps and {len(row.q_values)} Q-values",
+            need="one for each step",
+        )
+    prompt = row.prompt_segments or (row.prompt,)
+    segments = (*prompt, *(text for step in row.steps for text in step))
+    ends = np.cumsum([len(step) for step in row.steps]) + len(prompt)
+    return _scored(row, segments, ends, row.q_values, encoder, max_length)
+
+
+def _scored(
+    row: OutcomeRow | QValueRow,
+    segments: tuple[str, ...],
+    counts: Sequence[int] | Ids,
+    labels: Sequence[float],
+    encoder: SegmentEncoder,
+    max_length: int,
+) -> EncodedRow:
+    """One path; its prefix of counts[i] segments is scored against labels[i]."""
+    (ids,), (ends,), truncated = _fit((segments,), encoder, max_length)
+    places, label, name = ends[np.asarray(counts) - 1] - 1, np.array(labels, float), _name(row.tree_id, row.node_ids)
+    kept = places >= 0
+    return EncodedRow(
+        name, row.tree_id, row.problem_id, (ids,), _NOT_TRAINED, places[kept], label[kept], 1.0, truncated
+    )
+
+
+_NOT_TRAINED = np.zeros(0, dtype=np.bool_)
+_NOWHERE = np.zeros(0, dtype=np.int64)
+_NO_LABEL = np.zeros(0, dtype=np.float64)
 
 
 def encode_rows(
@@ -123,10 +158,11 @@ def encode_rows(
 
 def _fit(
     candidates: Sequence[tuple[str, ...]], encoder: SegmentEncoder, room: int
-) -> tuple[tuple[Ids, ...], tuple[tuple[int, ...], ...], int]:
-    """Token paths of at most `room` tokens, the segments' end offsets, and how many leading segments were dropped.
+) -> tuple[tuple[Ids, ...], tuple[Ids, ...], bool]:
+    """Token paths of at most `room` tokens, where each segment ends in its path (<= 0: dropped), whether any was cut.
 
-    The same number of segments is dropped from all candidates. Where a last segment alone is too long, its end is kept.
+    The same number of leading segments is dropped from all candidates. Where a last segment alone is too long, its end
+    is kept.
     """
     dropped = 0
     while True:
@@ -138,7 +174,10 @@ def _fit(
     paths = tuple(np.array(e.ids[-room:], dtype=np.int64) for e in encoded)
     if not all(len(path) for path in paths):
         raise UserError("a row without any token", need="non-empty prompt and completion")
-    return paths, tuple(e.ends for e in encoded), dropped
+    ends = tuple(
+        np.array([*[0] * dropped, *e.ends]) - (len(e.ids) - len(path)) for e, path in zip(encoded, paths, strict=True)
+    )
+    return paths, ends, dropped > 0 or not fits
 
 
 def _name(tree_id: str, node_ids: Sequence[int]) -> str:

@@ -11,8 +11,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -112,14 +112,9 @@ def train(
     )
     trainer = PackedTrainer(model=loss_module, args=args, train_dataset=steps, metrics=metrics)
     trainer.remove_callback(PrinterCallback)
-    try:
+    with memory_advice(section):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU ran out of memory at micro_batch_tokens={section.micro_batch_tokens}", need="less at once",
-            how="lower micro_batch_tokens, or set gradient_checkpointing=true",
-        ) from error  # fmt: skip
-    before_saving()
+        before_saving()
     state = trainer.full_state()
     if args.process_index == 0:
         save_model(loss_module.model, loaded.tokenizer, output, state)
@@ -127,6 +122,18 @@ def train(
     if args.world_size > 1:
         dist.barrier()
     return metrics.result(output, rows, section, time.monotonic() - began)
+
+
+@contextmanager
+def memory_advice(section: TrainSection) -> Iterator[None]:
+    """Name the setting to lower where a GPU runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory at micro_batch_tokens={section.micro_batch_tokens}", need="less at once",
+            how="lower micro_batch_tokens, or set gradient_checkpointing=true",
+        ) from error  # fmt: skip
 
 
 def _arguments(loss_module: LossModule, section: TrainSection, checkpoints: Path, seed: int) -> TrainingArguments:

@@ -1,7 +1,8 @@
 """Training the process preference model (rStar-Math section 3.3), and its ablations PQM and ORM.
 
 The PPM is the round's policy with a scalar head, a plain sequence classifier with one label. It is trained on the raw
-logit; the score that is served is tanh(raw / scale), see rstar.engines.base.squash.
+logit; the score that is served is tanh(raw / scale), see rstar.engines.base.squash. PQM and ORM are the same model
+under another loss: squared error to the Q-value of every step, cross-entropy of a whole solution's outcome.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,41 +20,51 @@ from torch import Tensor
 
 from rstar.config import PpmSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
-from rstar.training.batching import MicroBatch, micro_batches
-from rstar.training.data import EncodedRow, encode_outcome, encode_pair, encode_rows, nothing_to_train
+from rstar.training.batching import MicroBatch, by_tree, micro_batches
+from rstar.training.data import (
+    EncodedRow,
+    encode_outcome,
+    encode_pair,
+    encode_q_values,
+    encode_rows,
+    nothing_to_train,
+)
 from rstar.training.launch import in_processes, must_launch
-from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
+from rstar.training.loop import LossModule, TrainResult, memory_advice, metrics_path, no_progress, train
 from rstar.training.losses import outcome_losses, pairwise_losses, q_losses
 from rstar.training.models import load_ppm, transformers_model
 from rstar.training.packing import FLEX_BLOCK
-from rstar.types import OutcomeRow, PreferenceRow, TrainProgress, UserError
+from rstar.types import OutcomeRow, PreferenceRow, QValueRow, TrainProgress, UserError
+
+ScorerRow = PreferenceRow | QValueRow | OutcomeRow
 
 CALIBRATION_BINS = 10
 MIN_PROBLEMS_FOR_HELDOUT = 10
-MEASURED_TRAIN_PAIRS = 256  # enough for +-3 points, and little beside a round's training
+MEASURED_TRAIN_ROWS = 256  # enough for +-3 points, and little beside a round's training
 
 
 @dataclass(frozen=True)
 class PairMetrics:
-    """How well scores order pairs. Shares in [0, 1]; a tie counts as half right."""
+    """How well scores order pairs: of a PPM the rows, else any two labels of a tree that differ.
+
+    Shares in [0, 1]; a tie counts as half right. So PPM, PQM and ORM are measured alike.
+    """
 
     pairs: int
     accuracy: float
     loss: float  # weighted mean of -log sigmoid(chosen - rejected), raw logits
-    calibration_error: (
-        float  # |confidence - accuracy| over equal bins of sigmoid(|difference|), weighted by their pairs
-    )
+    calibration_error: float  # |confidence - accuracy| in equal bins of sigmoid(|difference|), weighted by their pairs
 
 
 @dataclass(frozen=True)
 class PpmResult:
-    """The run, and pair accuracy before and after it. None without pairs (PQM, ORM, or no held-out problems)."""
+    """The run, and pair accuracy before and after it; None where there are no pairs, or no held-out problems."""
 
     training: TrainResult
     heldout_problems: int
     heldout_before: PairMetrics | None
     heldout_after: PairMetrics | None
-    train_before: PairMetrics | None  # on a sample of the training pairs
+    train_before: PairMetrics | None  # on a sample of the training rows
     train_after: PairMetrics | None
 
 
@@ -79,7 +91,8 @@ class ScoreLoss(LossModule):
         match self.section.loss:
             case "pairwise":
                 scale = self.section.score_scale if self.section.tanh_in_loss else 0.0
-                losses = pairwise_losses(raw, scores[batch.other], tanh_scale=scale)
+                margin = self.section.margin * batch.label
+                losses = pairwise_losses(raw, scores[batch.other], tanh_scale=scale, margin_N=margin)
             case "mse":
                 losses = q_losses(raw, batch.label, scale=self.section.score_scale)
             case _:
@@ -87,8 +100,26 @@ class ScoreLoss(LossModule):
         return (batch.weight * losses).sum()
 
 
+def row_kind(loss: str) -> type[ScorerRow]:
+    """The rows that a loss of `ppm.loss` is trained on."""
+    kinds: dict[str, type[ScorerRow]] = {"pairwise": PreferenceRow, "mse": QValueRow, "bce": OutcomeRow}
+    if loss not in kinds:
+        raise UserError(f"ppm.loss {loss!r}", need=", ".join(kinds))
+    return kinds[loss]
+
+
+def encoded_rows(rows: Sequence[ScorerRow], loss: str, encoder: SegmentEncoder, max_length: int) -> list[EncodedRow]:
+    """Rows of one kind as the trainer sees them. Raises UserError for rows that are not the loss's."""
+    kind = row_kind(loss)
+    wrong = next((row for row in rows if not isinstance(row, kind)), None)
+    if wrong is not None:
+        raise UserError(f"ppm.loss={loss} with a {type(wrong).__name__}", need=f"rows of kind {kind.__name__}")
+    encode = {PreferenceRow: encode_pair, QValueRow: encode_q_values, OutcomeRow: encode_outcome}[kind]
+    return encode_rows(cast(Any, rows), cast(Any, encode), encoder, max_length)
+
+
 def train_ppm(
-    rows: Sequence[PreferenceRow] | Sequence[OutcomeRow],
+    rows: Sequence[ScorerRow],
     body: str,
     output: Path,
     section: PpmSection,
@@ -98,32 +129,22 @@ def train_ppm(
 ) -> PpmResult:
     """Train a scorer from the policy `body` and write it to `output`; plain transformers and vLLM load it.
 
-    `loss: pairwise` takes PreferenceRows (weighted mean of the pairs' losses, Eq. 4); `mse` and `bce` take OutcomeRows.
-    A share `heldout` of the problems (none below ten problems) is kept for pair accuracy. Raises UserError as
-    `train_policy` does.
+    `loss: pairwise` takes PreferenceRows (weighted mean of the pairs' losses, Eq. 4), `mse` QValueRows, `bce`
+    OutcomeRows (a plain mean). A share `heldout` of the problems (none below ten problems) is kept for pair accuracy.
+    Raises UserError as `train_policy` does.
     """
-    if section.loss not in ("pairwise", "mse", "bce"):
-        raise UserError(f"ppm.loss {section.loss!r}", need="pairwise, mse or bce")
-    pairwise = section.loss == "pairwise"
+    row_kind(section.loss)
     if not rows:
-        raise nothing_to_train("pairs" if pairwise else "labelled solutions")
+        raise nothing_to_train("pairs" if section.loss == "pairwise" else "labelled solutions")
     if must_launch(section.processes):
         call = partial(train_ppm, rows, body, output, section, seed=seed)
         return in_processes(section.processes, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(body)
-    encoder = SegmentEncoder(tokenizer)
-    if pairwise:
-        pairs = [row for row in rows if isinstance(row, PreferenceRow)]
-        encoded = encode_rows(pairs, encode_pair, encoder, section.max_length)
-    else:
-        labelled = [row for row in rows if isinstance(row, OutcomeRow)]
-        encoded = encode_rows(labelled, encode_outcome, encoder, section.max_length)
-    if len(encoded) != len(rows):
-        raise UserError(f"ppm.loss={section.loss} with rows of another kind", need="pairs" if pairwise else "labels")
+    encoded = encoded_rows(rows, section.loss, SegmentEncoder(tokenizer), section.max_length)
     heldout = held_out_problems([row.problem_id for row in encoded], section.heldout, seed)
     train_rows = [row for row in encoded if row.problem_id not in heldout]
     heldout_rows = [row for row in encoded if row.problem_id in heldout]
-    measured = sample_of_trees(train_rows, MEASURED_TRAIN_PAIRS, seed)
+    measured = sample_of_trees(train_rows, MEASURED_TRAIN_ROWS, seed)
     torch.manual_seed(seed)  # the new head
     loaded = load_ppm(body, section, tokenizer)
     module = ScoreLoss(loaded.model, section)
@@ -131,11 +152,10 @@ def train_ppm(
         module.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
     def measure() -> tuple[PairMetrics | None, PairMetrics | None]:
-        if not pairwise:
-            return None, None
         return pair_metrics(module, heldout_rows, section), pair_metrics(module, measured, section)
 
-    before = measure()
+    with memory_advice(section):
+        before = measure()
     after: list[tuple[PairMetrics | None, PairMetrics | None]] = []
     result = train(
         module, loaded, train_rows, section, output=output, seed=seed, on_progress=on_progress,
@@ -155,9 +175,7 @@ def held_out_problems(problem_ids: Sequence[str], share: float, seed: int) -> se
 
 def sample_of_trees(rows: Sequence[EncodedRow], count: int, seed: int) -> list[EncodedRow]:
     """About `count` rows of randomly chosen trees, whole as long as they fit; all rows where there are no more."""
-    trees: dict[str, list[EncodedRow]] = {}
-    for row in rows:
-        trees.setdefault(row.tree_id, []).append(row)
+    trees = by_tree(rows)
     chosen: list[EncodedRow] = []
     for name in np.random.default_rng(seed).permutation(sorted(trees)):
         chosen += trees[str(name)]
@@ -166,21 +184,32 @@ def sample_of_trees(rows: Sequence[EncodedRow], count: int, seed: int) -> list[E
 
 @torch.no_grad()
 def pair_metrics(module: ScoreLoss, rows: Sequence[EncodedRow], section: PpmSection) -> PairMetrics | None:
-    """Pair accuracy, loss and calibration of the raw scores; None without rows."""
-    if not rows:
-        return None
+    """Pair accuracy, loss and calibration of the raw scores; None without pairs."""
     training = module.training
     module.eval()
     device = next(module.parameters()).device
     multiple_of = FLEX_BLOCK if device.type == "cuda" else 1
-    differences, weights = [], []
-    for batch in micro_batches(rows, section.micro_batch_tokens, tree_packing=True, multiple_of=multiple_of)[0]:
-        on_device = batch.to(device)
-        scores = module(on_device, scores_only=True)
-        differences.append((scores[on_device.which] - scores[on_device.other]).cpu().numpy())
-        weights.append(batch.weight.numpy())
+    differences, weights = [np.zeros(0)], [np.zeros(0)]
+    for group in [rows] if section.loss == "pairwise" else by_tree(rows).values():
+        scores, labels = [], []
+        for batch in micro_batches(group, section.micro_batch_tokens, tree_packing=True, multiple_of=multiple_of)[0]:
+            on_device = batch.to(device)
+            raw = module(on_device, scores_only=True).double().cpu().numpy()
+            if section.loss == "pairwise":
+                differences.append(raw[batch.which] - raw[batch.other])
+                weights.append(batch.weight.numpy())
+            else:
+                scores.append(raw[batch.which])
+                labels.append(batch.label.numpy())
+        if scores:
+            score, label = np.concatenate(scores), np.concatenate(labels)
+            better, worse = np.nonzero(label[:, None] > label[None, :])
+            differences.append(score[better] - score[worse])
+            weights.append(np.ones(len(better)))
     module.train(training)
-    difference, weight = np.concatenate(differences).astype(np.float64), np.concatenate(weights)
+    difference, weight = np.concatenate(differences), np.concatenate(weights)
+    if not len(difference):
+        return None
     right = np.where(difference == 0, 0.5, difference > 0)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     bins = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
