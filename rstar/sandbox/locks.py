@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -81,6 +82,25 @@ def _checked(result: int, what: str) -> int:
 def prctl(option: int, *arguments: int) -> None:
     padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
     _checked(libc.prctl(ctypes.c_int(option), *padded), f"prctl {option}")
+
+
+# What every fork calls, with arguments made beforehand: each Python object that a fork touches is a page it must copy.
+_fork = ctypes.PyDLL(None, use_errno=True).fork
+_DIE_WITH_PARENT = (ctypes.c_int(PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
+
+
+def fork() -> int:
+    """`os.fork` for a process with a single thread: without Python's at-fork hooks.
+
+    Those replace locks that other threads may hold (there are none) and reseed `random` from fresh entropy (a step has
+    its own seed); they touch more pages than everything else that a fork does until it runs a step.
+    """
+    return _checked(_fork(), "fork")
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that forked it ends. OSError if the kernel objects."""
+    _checked(libc.prctl(*_DIE_WITH_PARENT), "PR_SET_PDEATHSIG")
 
 
 def _syscall(name: str, *arguments: ctypes.c_long | ctypes.c_char_p) -> int:

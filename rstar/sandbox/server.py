@@ -6,6 +6,7 @@ and about nothing else.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enums, which costs a fork 50 page copies
 import contextlib
 import ctypes
 import math
@@ -26,6 +27,7 @@ REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
 BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
 WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
+_SIGCHLD, _SIG_DFL = int(signal.SIGCHLD), int(signal.SIG_DFL)
 FREE_FDS = (38, 39)  # below the library folders; the zygote itself never has this many descriptors
 FIRST_LIBRARY_FD = 40
 
@@ -35,7 +37,6 @@ class Job:
     """What a new fork is to do; the only thing it takes over from the zygote's state."""
 
     codes: list[str]
-    seed: int
     entry: Callable[[str], str] | None
     null: int
     output: int
@@ -166,10 +167,10 @@ class Server:
         output_read, output_write = os.pipe()
         report_read, report_write = os.pipe()
         allowance = request.cpu_seconds * (len(codes) - 1)
-        pid = os.fork()
+        pid = locks.fork()
         if pid == 0:
             limit = allowance + request.cpu_seconds
-            return Job(codes, request.seed, entry, self._null, output_write, report_write, limit, self._pid)
+            return Job(codes, entry, self._null, output_write, report_write, limit, self._pid)
         os.close(output_write)
         os.close(report_write)
         now = time.monotonic()
@@ -184,9 +185,9 @@ class Server:
         """Seconds for `count` locked forks that leave at once: the floor under every evaluation."""
         started = time.perf_counter()
         for _ in range(count):
-            pid = os.fork()
+            pid = locks.fork()
             if pid == 0:
-                enter(Job([], 0, None, self._null, self._null, self._null, 1.0, self._pid), self.filter)
+                enter(Job([], None, self._null, self._null, self._null, 1.0, self._pid), self.filter)
                 os._exit(0)
             os.waitpid(pid, 0)
         return time.perf_counter() - started
@@ -353,11 +354,11 @@ def _cpu_time(clock: int) -> float:
 
 def enter(job: Job, filter_: locks.Filter | None) -> None:
     """In a new fork: die with the zygote, keep only its own pipes (as descriptors 3 and 4), take the last lock."""
-    locks.prctl(locks.PR_SET_PDEATHSIG, signal.SIGKILL)
+    locks.die_with_parent()
     if os.getppid() != job.zygote:
         os._exit(70)
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _signal.signal(_SIGCHLD, _SIG_DFL)
     os.dup2(job.output, FREE_FDS[0])
     os.dup2(job.report, FREE_FDS[1])
     for target in (0, step.STDOUT, 2):

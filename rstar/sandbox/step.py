@@ -56,10 +56,8 @@ def _flush(stdout: TextIO) -> None:
 
 
 def seed_libraries(seed: int) -> None:
-    """Start the generators of numpy and sympy from `seed`. The zygote does it, once for many requests with one seed.
-
-    `random` itself must be seeded in the fork: it takes fresh entropy whenever a process forks.
-    """
+    """Start the generators of random, numpy and sympy from `seed`: in the zygote, once for many requests with one."""
+    random.seed(seed)
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed(seed % 2**32)
     if (sympy_random := sys.modules.get("sympy.core.random")) is not None:
@@ -74,7 +72,7 @@ def _compile(codes: list[str], index: int, flags: int) -> types.CodeType:
     return compiled
 
 
-def run_program(codes: list[str], seed: int) -> NoReturn:
+def run_program(codes: list[str]) -> NoReturn:
     """Run `codes` one after another in a fresh `__main__`; only what the last one prints is kept.
 
     A fresh run of the codes joined by newlines does the same: one namespace, `from __future__` carried on. Ends the
@@ -89,7 +87,6 @@ def run_program(codes: list[str], seed: int) -> NoReturn:
     builtins.open = io.open = opened
     sys.argv = [""]
     stdout = sys.stdout  # UTF-8 with escapes and block buffered: see process.ENVIRONMENT
-    random.seed(seed)
     flags, last = 0, len(codes) - 1
     try:
         for index in range(last):

@@ -142,7 +142,7 @@ def main() -> None:
     enter(job, filter_)
     if job.entry is not None:
         step.run_entry(job.entry, job.codes[0])
-    step.run_program(job.codes, job.seed)
+    step.run_program(job.codes)
 
 
 if __name__ == "__main__":
