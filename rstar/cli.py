@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +21,15 @@ EXAMPLES = """examples:
   rstar show runs/quickstart --problem chain_sum-0003        print a search tree
   rstar config configs/rstar_math/quickstart.yaml            print the resolved settings
 """
+
+SEARCH_EXAMPLES = """rstar search configs/rstar_math/quickstart.yaml --round 1
+  rstar search configs/rstar_math/quickstart.yaml --round 4 --continue 64 --unsolved
+  rstar search configs/rstar_math/quickstart.yaml --round 2 --seeds 1,2
+  rstar search configs/rstar_math/quickstart.yaml --round 2 --rescore other/round_03/ppm"""
+EVAL_EXAMPLES = """rstar eval configs/rstar_math/quickstart.yaml --round 1
+  rstar eval runs/mine/round_04/policy --ppm runs/mine/round_04/ppm --benchmarks gsm8k,math500,mine.jsonl \\
+      --trajectories 1,4,16 --config configs/rstar_math/quickstart.yaml --out runs/eval
+  rstar eval runs/mine/round_04/ppm --ppm-quality runs/mine/round_03"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -89,20 +99,47 @@ def _parser() -> argparse.ArgumentParser:
     evolve = command(
         "evolve", _evolve, "run all rounds, or what is left of them", "rstar evolve configs/rstar_math/quickstart.yaml"
     )
+    evolve.add_argument("--dry-run", action="store_true", help="print the plan of all rounds and what it may cost")
     evolve.add_argument("--fresh", action="store_true", help="remove the run's folder first and start over")
     one = command(
         "round", _round, "run one round", "rstar round 2 configs/rstar_math/quickstart.yaml search.c=1", config=False
     )
     one.add_argument("number", type=int, help="round number, 0 for the base")
     with_config(one)
-    for name, text in (
-        ("search", "grow one round's trees"),
-        ("extract", "take one round's training rows from its trees"),
-        ("eval", "measure one round's policy and PPM on the held-out set"),
+    for name, act, text, example in (
+        ("search", _search, "grow one round's trees, or take the finished ones up again", SEARCH_EXAMPLES),
+        ("extract", _stage, "take one round's training rows from its trees", "rstar extract CONFIG.yaml --round 1"),
     ):
-        sub = command(name, _stage, text, f"rstar {name} configs/rstar_math/quickstart.yaml --round 1")
+        sub = command(name, act, text, example)
         sub.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
         sub.set_defaults(stages=(name,))
+        if name == "search":
+            sub.add_argument("--continue", type=int, default=0, dest="rollouts", metavar="ROLLOUTS",
+                             help="grow the finished trees to so many rollouts")  # fmt: skip
+            sub.add_argument("--unsolved", action="store_true", help="only those of problems without a correct answer")
+            sub.add_argument("--seeds", type=_numbers, default=(), help="add trees of these seeds: 1,2")
+            sub.add_argument("--rescore", default="", metavar="PPM", help="exchange the PPM values for this PPM's")
+    evaluation = command(
+        "eval", _eval, "measure one round (CONFIG.yaml --round N), or any models on any benchmarks", EVAL_EXAMPLES,
+        config=False,
+    )  # fmt: skip
+    evaluation.add_argument("targets", nargs="+", metavar="MODEL|CONFIG.yaml|key=value")
+    evaluation.add_argument("--round", type=int, default=1, dest="number", help="round of CONFIG.yaml (default 1)")
+    evaluation.add_argument(
+        "--benchmarks", default="", help="names and files: gsm8k,math500,mine.jsonl,gsm8k=copy.json"
+    )
+    evaluation.add_argument("--methods", default="", help="of greedy,sample,maj,bon,beam,dvts,mcts")
+    evaluation.add_argument("--trajectories", default="1,4,16,64", help="numbers of samples or searches (%(default)s)")
+    evaluation.add_argument("--ppm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
+    evaluation.add_argument("--orm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
+    evaluation.add_argument("--limit", type=int, default=0, help="only the first N problems of each benchmark")
+    evaluation.add_argument("--config", default="", help="a recipe's YAML file whose model, engine, ... settings hold")
+    evaluation.add_argument("--out", default="runs/eval", help="folder of the results (default %(default)s)")
+    evaluation.add_argument(
+        "--ppm-quality", default="", metavar="TREES|STEPS.jsonl",
+        help="measure the PPM given as MODEL by itself, on graded trees or on step-labelled solutions",
+    )  # fmt: skip
+    evaluation.set_defaults(overrides=[])
     train = command(
         "train", _train, "train one round's policy or PPM", "rstar train ppm configs/rstar_math/tiny.yaml --round 2",
         config=False,
@@ -150,6 +187,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evolve(options: argparse.Namespace) -> int:
     module, config = _load(options)
+    if options.dry_run:
+        from rstar.recipes.plan import plan
+
+        print(plan(module, config))
+        return 0
     run = module.run_dir(config)
     if options.fresh and run.path.exists():
         import shutil
@@ -241,6 +283,49 @@ def _stage(options: argparse.Namespace) -> int:
                 _run_process(options, options.number, stage.name)
     finally:
         run.release()
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    from rstar.recipes.regrow import Change, take_up
+
+    change = Change(options.rollouts, options.unsolved, options.seeds, options.rescore)
+    if change == Change():
+        return _stage(options)
+    module, config = _load(options)
+    run = module.run_dir(config)
+    run.acquire()
+    try:
+        module.check(config)
+        options.overrides = [
+            *options.overrides,
+            *take_up(module, config, (options.config, options.overrides), options.number, change),
+        ]
+    finally:
+        run.release()
+    _stage(options)
+    print("these trees are described by, and `rstar evolve` goes on with:")
+    print(shlex.join(["rstar", "evolve", options.config, *options.overrides]))
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need numbers: 1,2") from None
+
+
+def _eval(options: argparse.Namespace) -> int:
+    first, *rest = options.targets
+    if first.endswith((".yaml", ".yml")):
+        options.config, options.overrides, options.stages = first, [*rest, *options.overrides], ("eval",)
+        return _stage(options)
+    from rstar.comparison.command import evaluate_models
+
+    texts = [*options.targets, *options.overrides]
+    settings = [text for text in texts if "=" in text and not Path(text).exists()]
+    print(evaluate_models([text for text in texts if text not in settings], settings, options))
     return 0
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +20,34 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from rstar.config import digest
+from rstar.config import (
+    EngineSection,
+    EvalSection,
+    ExtractSection,
+    ModelSection,
+    PpmSection,
+    ProblemsSection,
+    SearchSection,
+    TrainSection,
+    WarmupSection,
+    digest,
+    to_dict,
+)
 from rstar.store import file_digest, read_json, write_json
 from rstar.types import UserError
+
+SECTIONS: Mapping[str, Callable[[], Any]] = {
+    "engine": EngineSection,
+    "eval": EvalSection,
+    "extract": ExtractSection,
+    "model": ModelSection,
+    "ppm": PpmSection,
+    "problems": ProblemsSection,
+    "search": SearchSection,
+    "sft": TrainSection,
+    "warmup": WarmupSection,
+}
+"""The shared sections as stages record them, for the defaults of keys that are younger than a record."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +115,39 @@ class RoundDir:
         )
         return record
 
-    def start(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Note what a stage that resumes in its middle is made from: it is never continued from other settings."""
-        write_json(self._started(stage), {"settings": settings, "inputs": inputs})
+    def start(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], **notes: Any) -> None:
+        """Note what a stage that resumes in its middle is made from: it is never continued from other settings.
+
+        `notes` are for the stage's work, until it is finished.
+        """
+        write_json(self._started(stage), {"settings": settings, "inputs": inputs, "notes": notes})
+
+    def started(self, stage: str) -> dict[str, Any]:
+        """What `start` has noted of a stage that is not finished; empty where there is nothing."""
+        path = self._started(stage)
+        return dict(read_json(path)) if path.exists() else {}
+
+    def drop(self, stage: str) -> list[str]:
+        """Forget that `stage` and the stages behind it are finished; returns those. Their files stay where they are."""
+        names = list(records := self.records())
+        dropped = names[names.index(stage) :] if stage in names else []
+        stages = {name: asdict(record) for name, record in records.items() if name not in dropped}
+        write_json(self.manifest, {"round": self.number, "stages": stages})
+        return dropped
 
     def _started(self, stage: str) -> Path:
         return self.path / f".{stage}-started.json"
 
     def _refuse_changes(self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = [*_changes(old["settings"], new["settings"]), *_changes(old["inputs"], new["inputs"])]
-        if changed:
+        settings, inputs = _changes(old["settings"], new["settings"]), _changes(old["inputs"], new["inputs"])
+        if settings or inputs:
+            changed = "; ".join(f"{key}: {before} -> {after}" for key, before, after in settings + inputs)
+            back = shlex.join(override(self.number, key, before) for key, before, _ in settings if before is not None)
             raise UserError(
-                f"{self.path / stage} was made from other settings: {'; '.join(changed)}",
+                f"{self.path / stage} was made from other settings: {changed}",
                 need="the settings it was made from",
-                how=f"set them back, choose another run.dir, or remove {self.path} to make this round again",
+                how=f"set them back{back and f' ({back})'}, choose another run.dir, or remove {self.path} to make this"
+                " round again",
             )
 
     def finish(
@@ -179,15 +225,37 @@ def path_digest(path: Path) -> str:
     return digest([(str(p.relative_to(path)), file_digest(p)) for p in files])
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Differences as "key: old -> new", nested mappings by dotted key."""
-    found: list[str] = []
+def override(number: int, key: str, value: Any) -> str:
+    """The command-line setting that gives round `number` a value: rounds.r2.search.seeds=[0,1]."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return f"rounds.r{number}.{key}={text}"
+
+
+def same_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a record of a stage (its `settings` and `inputs`) is one of these."""
+    return not (_changes(old["settings"], new["settings"]) or _changes(old["inputs"], new["inputs"]))
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Differences as (dotted key, old, new).
+
+    A run outlives the version that began it: a config key that its record does not know counts as its default, one that
+    is not read any more does not count.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    section = SECTIONS.get(prefix.removesuffix("."))
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
+        if section is not None and key not in new:
+            continue
+        if section is not None and key not in old:
+            before = to_dict(section()).get(key)
+        elif key in SECTIONS and not prefix:
+            before, after = before or {}, after or {}
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found.extend(_changes(before, after, f"{prefix}{key}."))
         elif before != after:
-            found.append(f"{prefix}{key}: {before} -> {after}")
+            found.append((prefix + key, before, after))
     return found
 
 
@@ -221,7 +289,7 @@ class Stage:
             return record
         self.round.path.mkdir(parents=True, exist_ok=True)
         inputs, begun = self.inputs(), time.monotonic()
-        if self.resumes:
+        if self.resumes and not self.round.started(self.name):
             self.round.start(self.name, self.settings, inputs)
         result = self.run()
         return self.round.finish(

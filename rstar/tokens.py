@@ -100,7 +100,7 @@ def wrap_question(
         tokenizer: Its chat template is used where `template` is "chat"; otherwise it is not read.
         question: The problem as text; never interpreted as a template.
         template: "chat", "slm" (rStar-Math's own prompt), or a text that holds `{question}`.
-        system: System message, chat templates only.
+        system: System message; where the template is a text, its first paragraph.
         few_shot: (question, worked solution in the step format) pairs, put before as earlier turns.
     """
     if template != "chat":
@@ -108,7 +108,7 @@ def wrap_question(
         if "{question}" not in form:
             raise UserError(f"model.template {template!r}", need="chat, slm, or a text with {question}")
         turns = [form.replace("{question}", q) + solution.rstrip("\n") + "\n\n" for q, solution in few_shot]
-        return "".join(turns) + form.replace("{question}", question)
+        return "".join([f"{system}\n\n" if system else "", *turns, form.replace("{question}", question)])
     messages = [{"role": "system", "content": system}] if system else []
     for earlier, solution in few_shot:
         messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": solution}]
@@ -133,7 +133,9 @@ def question_wrapper(path_or_id: str | Path, section: ModelSection) -> Callable[
     """
     few_shot = load_few_shot(section.few_shot) if section.few_shot else ()
     if section.template != "chat":
-        return lambda question: wrap_question(None, question, template=section.template, few_shot=few_shot)
+        return lambda question: wrap_question(
+            None, question, template=section.template, system=section.system, few_shot=few_shot
+        )
     if not str(path_or_id):
         raise UserError(
             "model.template=chat without a model", need="a tokenizer", how="set model.base, or model.template=slm"

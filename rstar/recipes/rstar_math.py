@@ -77,9 +77,9 @@ from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_passes, evaluate, problem_trees, tree_counts
 from rstar.report.progress import SearchProgress, TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
+from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.store import shards, write_json, write_rows
+from rstar.store import index, shards, write_json, write_rows
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
 from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
@@ -212,7 +212,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
     def inputs() -> dict[str, str]:
         found = {"policy": input_digest(before, "base" if number == 1 else "policy")}
         if config.search.use_ppm:
-            found["ppm"] = input_digest(before, "ppm")
+            found["ppm"] = path_digest(Path(config.search.ppm)) if config.search.ppm else input_digest(before, "ppm")
         return found
 
     def policy() -> str:
@@ -223,12 +223,12 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
     def work() -> StageResult:
         pool = load_problems(config.problems).train
         job = SearchJob(
-            passes=(SearchPass(here.path.resolve(), config.search),),
+            passes=(SearchPass(here.path.resolve(), config.search, **here.started("search").get("notes", {})),),
             engine=writer.engine,
             sandbox=config.sandbox,
             model=writer.model,
             policy=policy(),
-            ppm=absolute(str(before.ppm)) if config.search.use_ppm else "",
+            ppm=absolute(config.search.ppm or str(before.ppm)) if config.search.use_ppm else "",
         )
 
         def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
@@ -240,8 +240,9 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
         search(job, pool, "search")
         if again := second_pass(config.search):
             solved = {trees[0].problem.id for trees in problem_trees(here.trees) if any(t.solved for t in trees)}
-            left = [problem for problem in pool if problem.id not in solved]
-            search(replace(job, passes=(SearchPass(here.path.resolve(), again),)), left, "second pass")
+            had = {name.rpartition("#")[0] for name in index(here.trees) if name.endswith(f"#{again.seeds[0]}")}
+            left = [problem for problem in pool if problem.id not in solved or problem.id in had]
+            search(replace(job, passes=(replace(job.passes[0], search=again),)), left, "second pass")
         return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
 
     return Stage(here, "search", settings, inputs, work, resumes=True)
@@ -272,8 +273,7 @@ def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
         "bce": (here.orm, outcome_rows),
     }
     labelled = kinds.get(loss)
-    settings: dict[str, Any] = {"extract": to_dict(section)}
-    settings |= {"ppm": {"loss": loss}} if labelled else {}
+    settings: dict[str, Any] = {"extract": to_dict(section), "ppm": {"loss": loss}}
     settings |= {"model": to_dict(config.model)} if bootstrapped(config, number) else {}
 
     def pairs(tree: Tree) -> list[PreferenceRow]:
@@ -363,13 +363,19 @@ def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 
+_GUIDED = ("rollouts", "candidates", "trajectories", "top_k", "search_problems")  # round 0 has no PPM to search with
+_TREE = ("c", "selection")
+
+
 def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
     here = run.round(number)
     settings = {
-        "eval": to_dict(config.eval),
+        "eval": {key: value for key, value in to_dict(config.eval).items() if number or key not in _GUIDED},
         "problems": to_dict(config.problems),
         "model": to_dict(config.model),
-        "search": {key: to_dict(config.search)[key] for key in ("max_depth", "max_step_tokens", "c", "selection")},
+        "search": {
+            key: to_dict(config.search)[key] for key in ("max_depth", "max_step_tokens", *(_TREE if number else ()))
+        },
     }
 
     def inputs() -> dict[str, str]:

@@ -371,4 +371,6 @@ def count(number: int | None) -> str:
         else f"{number / 1e6:.2f}M"
         if number < 1_000_000_000
         else f"{number / 1e9:.2f}G"
+        if number < 1_000_000_000_000
+        else f"{number / 1e12:,.2f}T"
     )
