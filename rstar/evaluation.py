@@ -1,4 +1,4 @@
-"""Accuracy from trees: greedy, pass@k, maj@k, PPM-guided search; confidence intervals; token accounting.
+"""Accuracy from trees: greedy, pass@k, maj@k, best-of-k, PPM-guided search; intervals, paired tests, token accounting.
 
 Evaluation reads trees and nothing else, so it is repeatable from the files, and every generated token is counted.
 """
@@ -9,10 +9,15 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from rstar.grading import normalise
 from rstar.tree import Tree
 from rstar.types import Problem
+
+SUBSETS = 64  # random orders of a problem's samples over which a method at k < n is averaged
 
 Equivalent = Callable[[str, str], Awaitable[bool]]
 """(answer, reference) -> same."""
@@ -22,7 +27,7 @@ Equivalent = Callable[[str, str], Awaitable[bool]]
 class Candidate:
     """A finished answer of a problem."""
 
-    answer: str
+    answer: str  # in one spelling (grading.normalise): what votes are counted by
     score: float | None  # PPM score in [-1, 1]; None without a PPM
     count: int  # samples that ended here
     correct: bool
@@ -57,14 +62,52 @@ class Measure:
     n: int
 
 
-def bootstrap(values: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> Measure:
-    """Mean of per-problem values with a 95% percentile bootstrap interval over problems."""
+Pick = Callable[[Sequence[Candidate]], Candidate | None]
+"""How one answer is chosen among candidates."""
+
+
+def bootstrap(
+    values: Sequence[float], weights: Sequence[float] = (), *, resamples: int = 1000, seed: int = 0
+) -> Measure:
+    """Mean of per-problem values with a 95% percentile bootstrap interval over problems.
+
+    With `weights` the values are totals of as many items per problem, and the mean is one over items.
+    """
     if not values:
         return Measure(0.0, 0.0, 0.0, 0)
-    rng = random.Random(seed)
-    n = len(values)
-    means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(resamples))
-    return Measure(sum(values) / n, means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1], n)
+    rng, n = np.random.default_rng(seed), len(values)
+    totals, counts = np.asarray(values, dtype=float), np.asarray(weights or [1.0] * n, dtype=float)
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(n, size=n)
+        means.append(totals[drawn].sum() / max(counts[drawn].sum(), 1e-12))
+    means.sort()
+    mean = float(totals.sum() / counts.sum())
+    return Measure(mean, float(means[int(0.025 * resamples)]), float(means[int(0.975 * resamples) - 1]), n)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two methods on the same problems."""
+
+    difference: Measure  # of the means, with a paired bootstrap interval; in [-1, 1]
+    wins: int  # problems where the first method did better
+    losses: int
+    p_value: float | None  # McNemar's exact test, two-sided; None where a value is a mean over subsets of samples
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """Compare per-problem values in [0, 1] with those of a baseline, problem by problem."""
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    plain = all(v in (0.0, 1.0) for v in (*values, *baseline))
+    return Paired(bootstrap(differences), wins, losses, mcnemar(wins, losses) if plain else None)
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided p value of McNemar's exact test: discordant pairs are fair coin tosses if the methods are equal."""
+    n = wins + losses
+    return float(min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n))
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -80,20 +123,40 @@ def top_score(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def vote(candidates: Sequence[Candidate], *, top_k: int = 0, weighted: bool = False) -> Candidate | None:
-    """Majority over the answers of the `top_k` best-scored candidates (0: all); `weighted` sums scores instead.
+    """Majority over the answers of the `top_k` best-scored candidates (0: all); `weighted` votes weigh (1 + score) / 2.
 
-    Answers are the same when their text is. A tie goes to the answer whose best score is higher, then to the earlier
-    one (G6).
+    So no vote counts against its answer. Answers are the same when their text is. A tie goes to the answer whose best
+    score is higher, then to the earlier one (G6).
     """
     ranked = sorted(candidates, key=lambda c: -(c.score if c.score is not None else -2.0))
     voters = ranked[:top_k] if top_k else ranked
     totals: dict[str, float] = defaultdict(float)
     for voter in voters:
-        totals[voter.answer] += (voter.score or 0.0) if weighted else voter.count
+        totals[voter.answer] += voter.count * ((1 + (voter.score or 0.0)) / 2 if weighted else 1.0)
     if not totals:
         return None
     best = max(totals.values())
     return next(voter for voter in voters if totals[voter.answer] == best)
+
+
+def chosen_share(record: EvalRecord, k: int, pick: Pick) -> float:
+    """How often `pick` chooses a correct answer among `k` of the record's samples, in [0, 1].
+
+    The mean over SUBSETS random orders of the samples, of which the first k are taken; the orders are the same for
+    every k and every `pick`, so the sets are nested. With all samples there is one set, and the value is 0 or 1.
+    """
+    if k >= record.samples or not record.passed:
+        best = pick(record.candidates)
+        return float(best is not None and best.correct)
+    pool = [i for i, c in enumerate(record.candidates) for _ in range(c.count)]
+    pool += [-1] * (record.samples - len(pool))  # samples without an answer
+    rng, right = random.Random(record.problem_id), 0
+    for _ in range(SUBSETS):
+        rng.shuffle(pool)
+        drawn = pool[:k]
+        best = pick([replace(c, count=n) for i, c in enumerate(record.candidates) if (n := drawn.count(i))])
+        right += best is not None and best.correct
+    return right / SUBSETS
 
 
 async def eval_record(trees: Sequence[Tree], same: Equivalent) -> EvalRecord:
@@ -106,7 +169,10 @@ async def eval_record(trees: Sequence[Tree], same: Equivalent) -> EvalRecord:
     for tree in trees:
         found = [
             Candidate(
-                leaf.answer or "", leaf.ppm_value, leaf.multiplicity, await same(leaf.answer or "", problem.answer)
+                normalise(leaf.answer or ""),
+                leaf.ppm_value,
+                leaf.multiplicity,
+                await same(leaf.answer or "", problem.answer),
             )
             for leaf in tree.answers()
         ]
@@ -139,13 +205,16 @@ def measures(method: str, records: Sequence[EvalRecord], *, top_k: int = 8) -> d
         return {"accuracy": chosen(top_score)}
     if method == "sample":
         k = max((record.samples for record in records), default=1)
-        return {
+        found = {
             "pass@1": share(lambda r: sum(c.count for c in r.candidates if c.correct) / max(1, r.samples)),
             f"pass@{k}": share(
                 lambda r: pass_at_k(r.samples, sum(c.count for c in r.candidates if c.correct), min(k, r.samples))
             ),
             f"maj@{k}": chosen(vote),
         }
+        if any(c.score is not None for record in records for c in record.candidates):
+            found[f"best-of-{k}"] = chosen(top_score)
+        return found
     return {
         "accuracy": chosen(top_score),
         "majority": chosen(lambda cs: vote(cs, top_k=top_k)),

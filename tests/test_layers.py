@@ -19,7 +19,8 @@ LAYERS = {
     "evaluation": 5, "rounds": 5,
     "cluster": 6, "report": 6,
     "recipes": 7, "doctor": 7,
-    "cli": 8, "__main__": 9,
+    "comparison": 8,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},

@@ -40,15 +40,20 @@ def read_problems(path: Path, fields: Fields, source: str) -> list[Problem]:
 
     Raises UserError (missing, empty, not UTF-8, broken, a record without question or answer), naming file:line.
     """
+    problems = [to_problem(record, fields, source, n, where) for n, (where, record) in enumerate(read_records(path))]
+    if not problems:
+        raise UserError(f"{path} holds no records", need="at least one problem")
+    return problems
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """(place for complaints, record) of a file. Raises UserError where it is missing, of an unknown kind or broken."""
     if not path.is_file():
         raise UserError(f"no file {path}", need="json, jsonl, csv or parquet with questions and answers")
     rows = _ROWS.get(path.suffix.lower())
     if rows is None:
         raise UserError(f"{path} has an unknown kind", need=f"one of {', '.join(sorted(_ROWS))}")
-    problems = [to_problem(record, fields, source, n, where) for n, (where, record) in enumerate(rows(path))]
-    if not problems:
-        raise UserError(f"{path} holds no records", need="at least one problem")
-    return problems
+    yield from rows(path)
 
 
 def to_problem(record: Mapping[str, object], fields: Fields, source: str, number: int, where: str) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -47,37 +47,39 @@ def tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
     return counts | totals
 
 
-def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, with_ppm: bool) -> dict[str, SearchPass]:
-    """One search pass per evaluation method; `mcts` needs a PPM and is left out without one."""
+def eval_search(method: str, section: EvalSection, search: SearchSection, *, with_scorer: bool) -> SearchSection:
+    """How an evaluation method makes its answers. Searches need a PPM; a verifier scores finished samples."""
     base = replace(search, escalate=[], checkpoint_rollouts=0, seeds=[0], use_ppm=False, method="sample")
-    passes: dict[str, SearchPass] = {}
-    for method in section.methods:
-        match method:
-            case "greedy":
-                one = replace(base, rollouts=1, temperature=0.0)
-            case "sample":
-                one = replace(base, rollouts=section.samples, temperature=section.temperature)
-            case "mcts":
-                if not with_ppm:
-                    continue
-                one = replace(
-                    base,
-                    method="mcts",
-                    use_ppm=True,
-                    rollouts=section.rollouts,
-                    candidates=section.candidates,
-                    temperature=section.temperature,
-                    seeds=list(range(section.trajectories)),
-                )
-            case other:
-                raise UserError(f"eval.methods has {other}", need="greedy, sample, mcts")
-        passes[method] = SearchPass((folder / method).resolve(), one, test_time=True)
-    return passes
+    match method:
+        case "greedy":
+            return replace(base, rollouts=1, temperature=0.0)
+        case "sample":
+            return replace(base, rollouts=section.samples, temperature=section.temperature, use_ppm=with_scorer)
+        case "beam" | "dvts" | "mcts":
+            return replace(
+                base,
+                method=method,
+                use_ppm=True,
+                rollouts=section.rollouts,
+                candidates=section.candidates,
+                temperature=section.temperature,
+                seeds=list(range(section.trajectories)),
+            )
+    raise UserError(f"evaluation method {method!r}", need="greedy, sample, beam, dvts, mcts")
+
+
+def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, with_ppm: bool) -> dict[str, SearchPass]:
+    """One search pass per evaluation method; searches need a PPM and are left out without one."""
+    return {
+        method: SearchPass((folder / method).resolve(), one, test_time=True)
+        for method in section.methods
+        if (one := eval_search(method, section, search, with_scorer=with_ppm)).method == "sample" or with_ppm
+    }
 
 
 def evaluate(method: str, folder: Path, section: EvalSection, sandbox: SandboxSection) -> dict[str, Any]:
-    """Grade the trees of one method and measure them; the sandbox starts only for answers that need algebra."""
-    records = asyncio.run(_records(folder, sandbox))
+    """Grade the trees of one method and measure them."""
+    records = asyncio.run(eval_records(problem_trees(folder), sandbox))
     return {
         "measures": {name: asdict(m) for name, m in measures(method, records, top_k=section.top_k).items()},
         "problems": len(records),
@@ -88,7 +90,8 @@ def evaluate(method: str, folder: Path, section: EvalSection, sandbox: SandboxSe
     }
 
 
-async def _records(folder: Path, section: SandboxSection) -> list[EvalRecord]:
+async def eval_records(groups: Iterable[Sequence[Tree]], section: SandboxSection) -> list[EvalRecord]:
+    """A record per group of trees (those of one problem); the sandbox starts only for answers that need algebra."""
     async with AsyncExitStack() as stack:
         grader: Grader | None = None
 
@@ -101,4 +104,4 @@ async def _records(folder: Path, section: SandboxSection) -> list[EvalRecord]:
                 grader = Grader(await stack.enter_async_context(Sandbox(section)))
             return await grader.is_equivalent(answer, reference)
 
-        return [await eval_record(trees, same) for trees in problem_trees(folder)]
+        return [await eval_record(trees, same) for trees in groups]

@@ -1,0 +1,323 @@
+"""What `rstar eval MODEL...` does: make the answers that are missing, read all of them, measure.
+
+Answers are trees, made by the same search workers as everywhere and kept in a folder per model, benchmark and method
+that is named after the settings that made it. So the same command resumes per problem, more problems or searches add to
+what is there, and other settings start folders of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rstar.cluster import ray_session, search_all
+from rstar.comparison.methods import Line, Records, Row, equal_tokens, lines, rows
+from rstar.config import (
+    ClusterSection,
+    EngineSection,
+    EvalSection,
+    ModelSection,
+    ProblemsSection,
+    SandboxSection,
+    SearchSection,
+    digest,
+    load,
+    to_dict,
+)
+from rstar.evaluation import EvalRecord
+from rstar.problems import BENCHMARKS, load_benchmark, needs_image
+from rstar.problems.records import Fields, read_problems
+from rstar.recipes import load_config
+from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.measuring import eval_records, eval_search, problem_trees
+from rstar.report.progress import SearchProgress
+from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.types import Problem, UserError
+
+METHODS = ("greedy", "sample", "maj", "bon", "beam", "dvts", "mcts")
+DEFAULT_METHODS = ("greedy", "sample", "maj", "bon", "beam", "mcts")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command reads of a config; `model.base` is each model in turn."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+    sandbox: SandboxSection = field(default_factory=SandboxSection)
+    problems: ProblemsSection = field(default_factory=ProblemsSection)  # question, answer: the fields of local files
+    search: SearchSection = field(default_factory=SearchSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model and the verifiers that judge its answers (empty: none)."""
+
+    name: str
+    policy: str
+    ppm: str = ""
+    orm: str = ""
+
+    @property
+    def verifiers(self) -> dict[str, str]:
+        return {who: path for who, path in (("PPM", self.ppm), ("ORM", self.orm)) if path}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A benchmark, or a file of one's own."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    column: str  # heading in the paper's tables where this is that benchmark, all of it; else empty
+    identity: str  # of the whole file, whatever part of it is used
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything measured."""
+
+    contenders: tuple[Contender, ...]
+    questions: tuple[Questions, ...]
+    rows: tuple[Row, ...]
+    lines: dict[tuple[str, str], list[Line]]  # (model, benchmark) -> methods
+    budgets: dict[tuple[str, str], list[float]]  # tokens a problem at which methods are compared
+    equal_tokens: dict[tuple[str, str], dict[str, list[tuple[int, float] | None]]]
+    records: dict[tuple[str, str], dict[str, Records]]
+
+
+# -- what is to be done ------------------------------------------------------------------------------------------------
+
+
+def read_settings(model: str, config: str, overrides: Sequence[str]) -> Settings:
+    """Settings from defaults, or from a recipe's config file, with overrides on top."""
+    if not config:
+        return load(Settings, None, [f"model.base={model}", *overrides])
+    whole = load_config(config, list(overrides))[1]
+    return Settings(**{f.name: getattr(whole, f.name) for f in fields(Settings)})
+
+
+def contenders(
+    models: Sequence[str], ppms: Sequence[str], orms: Sequence[str], settings: Settings, out: Path
+) -> tuple[Contender, ...]:
+    """Models with their verifiers: none, one for all, or one for each."""
+    for option, given in (("--ppm", ppms), ("--orm", orms)):
+        if len(given) not in (0, 1, len(models)):
+            raise UserError(f"{len(given)} times {option} for {len(models)} models", need="one, or one for each model")
+
+    def checkpoint(name: str) -> str:
+        section = replace(settings.model, base=name)
+        return name if settings.engine.kind == "simulated" else absolute(base_model(section, out))
+
+    def verifier(given: Sequence[str], i: int) -> str:
+        return checkpoint(given[i if len(given) > 1 else 0]) if given else ""
+
+    names = _short_names(models)
+    return tuple(
+        Contender(name, checkpoint(model), verifier(ppms, i), verifier(orms, i))
+        for i, (name, model) in enumerate(zip(names, models, strict=True))
+    )
+
+
+def _short_names(models: Sequence[str]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [Path(model).parts for model in models]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names) and not set(names) <= {"policy", "ppm"}:
+            return names
+    if len(set(models)) < len(models):
+        raise UserError("a model is named twice", need="different models")
+    return list(models)
+
+
+def load_questions(text: str, section: ProblemsSection, limit: int) -> tuple[Questions, ...]:
+    """Benchmarks by name (`gsm8k`), from a local copy (`gsm8k=FILE`), or files of one's own (`FILE.jsonl`)."""
+    found = []
+    for item in filter(None, text.split(",")):
+        name, _, path = item.partition("=")
+        if name in BENCHMARKS:
+            own = Fields(section.question, section.answer) if path else None
+            try:
+                problems = load_benchmark(name, path=path, fields=own)
+            except UserError as error:
+                how = error.how if path else f"give a local copy with question and answer: --benchmarks {name}=FILE"
+                raise UserError(error.got, need=error.need, how=how) from error
+        elif path or Path(item).suffix:
+            name = name if path else Path(item).stem
+            file = Path(path or item)
+            problems = tuple(read_problems(file, Fields(section.question, section.answer), name))
+        else:
+            problems = load_benchmark(name)  # says which name is nearest
+        if len({p.id for p in problems}) < len(problems):
+            raise UserError(f"{item} has two problems with one id", need="one id per problem")
+        identity = digest([(p.id, p.question, p.answer) for p in problems])
+        whole = name in BENCHMARKS and len(problems) == BENCHMARKS[name].size and not 0 < limit < len(problems)
+        column = BENCHMARKS[name].column if whole else ""
+        found.append(Questions(name, tuple(problems[: limit or None]), column, identity))
+    if not found or len({q.name for q in found}) < len(found):
+        raise UserError(f"--benchmarks {text}", need="one or more different benchmarks or files")
+    return tuple(found)
+
+
+def usable(methods: Sequence[str], some: Sequence[Contender], *, asked: bool) -> list[str]:
+    """The methods that these models can be measured by. Raises UserError where one that was asked for is none."""
+    left = []
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"method {method!r}", need=f"of {', '.join(METHODS)}")
+        need = {"bon": "--ppm or --orm", "beam": "--ppm", "dvts": "--ppm", "mcts": "--ppm"}.get(method, "")
+        if all(c.ppm or (method == "bon" and c.orm) or not need for c in some):
+            left.append(method)
+        elif asked:
+            raise UserError(f"method {method} without a verifier", need=need)
+    if not left:
+        raise UserError("no methods", need=f"of {', '.join(METHODS)}")
+    return left
+
+
+# -- making the answers ------------------------------------------------------------------------------------------------
+
+
+def compare(
+    some: Sequence[Contender],
+    sets: Sequence[Questions],
+    methods: Sequence[str],
+    trajectories: Sequence[int],
+    settings: Settings,
+    out: Path,
+) -> Found:
+    """Make what is missing of every model's answers under `out`/trees, then measure all. Prints progress."""
+    trajectories = sorted(set(trajectories))
+    if not trajectories or trajectories[0] < 1:
+        raise UserError(f"--trajectories {','.join(map(str, trajectories))}", need="numbers from 1")
+    section = replace(settings.eval, samples=trajectories[-1], trajectories=trajectories[-1])
+    ways = list(dict.fromkeys("sample" if m in ("sample", "maj", "bon") else m for m in methods))
+    records: dict[tuple[str, str], dict[str, Records]] = {}
+    with ray_session(settings.cluster):
+        for contender in some:
+            made = {(way, q.name): _pass(contender, q, way, section, settings, out) for q in sets for way in ways}
+            searched = [(q, made[way, q.name]) for way in ways for q in sets]
+            ppm = contender.ppm if any(one.search.use_ppm for one in made.values()) else ""
+            _search(contender, "answers", searched, settings, ppm)
+            for who, verifier in contender.verifiers.items() if "sample" in ways else ():
+                scored = {(f"sample {who}", q.name): _scored(made["sample", q.name], verifier) for q in sets}
+                _search(
+                    contender,
+                    f"scores by {who}",
+                    [(q, scored[f"sample {who}", q.name]) for q in sets],
+                    settings,
+                    verifier,
+                )
+                made |= scored
+            for (way, name), one in made.items():
+                q = next(q for q in sets if q.name == name)
+                ks = [1] if one.search.method == "sample" else [seed + 1 for seed in one.search.seeds]
+                found = _records(q, one, ks, settings)
+                if way.startswith("sample"):
+                    plain = records.get((contender.name, name), {}).get("sample", {1: found[1]})
+                    found = {one.search.rollouts: _with_costs(found[1], next(iter(plain.values())))}
+                records.setdefault((contender.name, name), {})[way] = found
+    return measured(some, sets, methods, trajectories, records, top_k=section.top_k)
+
+
+def _pass(
+    contender: Contender, q: Questions, way: str, section: EvalSection, settings: Settings, out: Path
+) -> SearchPass:
+    search = eval_search(way, section, settings.search, with_scorer=False)
+    made_by = {
+        "search": to_dict(replace(search, seeds=[], trees_in_flight=0)),
+        "model": to_dict(replace(settings.model, base="")),
+        "engine": (settings.engine.kind, settings.engine.model),
+        "policy": fingerprint(contender.policy),
+        "scorer": fingerprint(contender.ppm) if search.use_ppm else "",
+        "problems": q.identity,
+    }
+    model = contender.name.replace("/", "_")
+    return SearchPass((out / "trees" / model / q.name / f"{way}-{digest(made_by)}").resolve(), search, test_time=True)
+
+
+def _scored(samples: SearchPass, verifier: str) -> SearchPass:
+    """The same samples with the scores of a verifier, in a folder of their own."""
+    folder = samples.folder.with_name(f"{samples.folder.name}-{digest(fingerprint(verifier))}")
+    return SearchPass(folder, replace(samples.search, use_ppm=True), test_time=True, trees=samples.folder)
+
+
+def fingerprint(checkpoint: str) -> list[Any]:
+    """What tells one checkpoint from a later one in the same folder, without reading gigabytes."""
+    folder = Path(checkpoint)
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
+    return [checkpoint, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+
+
+def _search(
+    contender: Contender, title: str, passes: Sequence[tuple[Questions, SearchPass]], settings: Settings, scorer: str
+) -> None:
+    job = SearchJob(
+        passes=tuple(one for _, one in passes),
+        engine=settings.engine,
+        sandbox=settings.sandbox,
+        model=settings.model,
+        policy=contender.policy,
+        ppm=scorer,
+    )
+    todo = [item for i, (q, _) in enumerate(passes) for item in unfinished(q.problems, job, i)]
+    total = sum(len(q.problems) for q, _ in passes)
+    with SearchProgress(f"{contender.name}, {title}", total=total, already=total - len(todo)) as progress:
+        search_all(job, todo, settings.cluster, progress)
+
+
+def _records(q: Questions, made: SearchPass, ks: Sequence[int], settings: Settings) -> Records:
+    """For every k the records of the first k trees of each problem, in the order of the problems."""
+    place = {problem.id: i for i, problem in enumerate(q.problems)}
+    groups = ([t for t in trees if t.seed < ks[-1]] for trees in problem_trees(made.folder))
+    prefixes = (trees[:k] for trees in groups if trees[0].problem.id in place for k in ks)
+    found = asyncio.run(eval_records(prefixes, settings.sandbox))
+    in_order = sorted(range(len(found)), key=lambda i: place[found[i].problem_id])
+    return {k: [found[i] for i in in_order if i % len(ks) == n] for n, k in enumerate(ks)}
+
+
+def _with_costs(scored: Sequence[EvalRecord], samples: Sequence[EvalRecord]) -> list[EvalRecord]:
+    """Scored samples cost what the samples did, and the time of scoring."""
+    return [
+        s if s is r else replace(s, tokens=r.tokens, engine_calls=r.engine_calls, seconds=r.seconds + s.seconds)
+        for s, r in zip(scored, samples, strict=True)
+    ]
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def measured(
+    some: Sequence[Contender],
+    sets: Sequence[Questions],
+    methods: Sequence[str],
+    trajectories: Sequence[int],
+    records: dict[tuple[str, str], dict[str, Records]],
+    *,
+    top_k: int,
+) -> Found:
+    """Rows, paired tests and the comparison at equal tokens, from records alone."""
+    found: list[Row] = []
+    made: dict[tuple[str, str], list[Line]] = {}
+    budgets: dict[tuple[str, str], list[float]] = {}
+    for q in sets:
+        first: list[float] | None = None
+        for contender in some:
+            key = contender.name, q.name
+            made[key] = lines(records[key], methods, top_k=top_k)
+            new, first = rows(*key, made[key], trajectories, first)
+            found += new
+            budgets[key] = sorted({round(row.tokens, 1) for row in new if row.choice or row.trajectories == 1})
+    table = {key: equal_tokens(made[key], budgets[key]) for key in made}
+    return Found(tuple(some), tuple(sets), tuple(found), made, budgets, table, records)
+
+
+def flagged(q: Questions) -> list[str]:
+    """Ids of problems that need a picture which is not in their text. They are asked and counted, and listed."""
+    return [problem.id for problem in q.problems if needs_image(problem.question)]
