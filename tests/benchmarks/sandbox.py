@@ -1,6 +1,6 @@
 """Speed of the sandbox, as one JSON object.
 
-    python -m tests.benchmarks.sandbox --json [--seconds 5]
+    python -m tests.benchmarks.sandbox --json [--seconds 5] [--trees RUN]
 
 steps_per_second        arithmetic steps, enough in flight to fill every zygote
 bare_forks_per_second   locked fork + exit on the same zygotes in the same run: the floor under every step
@@ -12,6 +12,15 @@ kill_late_ms_p99        CPU time that an endless loop got past its limit
 parked_mb_per_state     memory of a state between runs; 0: states are recipes, nothing is kept alive
 latency_growth_1000     p50 with 1,000 live states over p50 with one
 start_seconds           from nothing to the first step, self-checks included
+
+With --trees RUN (a folder with trees anywhere below it): what running prefixes again costs the searches of that run,
+and so the most that keeping states alive could save.
+
+executed_nodes          nodes whose code was run
+prefix_ms_median, ...   CPU time of the steps before such a node, by the times logged with each of them
+prefix_over_10ms_share  share of the nodes where it is more than 10 ms
+replay_of_step_cpu      share of replay in the CPU time of step code, replay included
+replay_of_all_cpu       the same with a fork for every node counted in, at what a bare fork costs here and now
 """
 
 from __future__ import annotations
@@ -22,10 +31,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 from rstar.config import SandboxSection
 from rstar.sandbox import Sandbox, Session, State
+from rstar.sandbox.supervisor import DEAR_MS
+from rstar.store import read_trees
+from rstar.tree import Tree
 from rstar.types import ExecutionStatus
 
 ARITHMETIC = "a = 48 / 2\nb = 48 + a\nprint(b)"
@@ -136,12 +149,47 @@ async def measure(seconds: float) -> dict[str, float | str]:
         await sandbox.close()
 
 
+def prefix_costs(tree: Tree) -> Iterator[tuple[float, float]]:
+    """(CPU ms of the steps before it, CPU ms of its own) of every executed node."""
+    before = [0.0] * len(tree.nodes)  # a parent is created before its children
+    for node in tree.nodes[1:]:
+        assert node.parent is not None
+        parent = tree.nodes[node.parent]
+        before[node.id] = before[parent.id] + parent.cpu_ms
+        if node.status:
+            yield before[node.id], node.cpu_ms
+
+
+def parking(trees: Iterator[Tree], fork_ms: float) -> dict[str, float | str]:
+    """What running prefixes again costs those searches. `fork_ms`: CPU time of a bare fork."""
+    costs = [cost for tree in trees for cost in prefix_costs(tree)]
+    if len(costs) < 2:
+        raise SystemExit("no executed nodes in these trees")
+    prefixes = [prefix for prefix, _ in costs]
+    percentiles = statistics.quantiles(prefixes, n=100, method="inclusive")
+    replay, own = sum(prefixes), sum(own for _, own in costs)
+    return {
+        "executed_nodes": float(len(costs)),
+        "prefix_ms_median": percentiles[49],
+        "prefix_ms_p90": percentiles[89],
+        "prefix_ms_p99": percentiles[98],
+        "prefix_over_10ms_share": statistics.mean(prefix > DEAR_MS for prefix in prefixes),
+        "replay_of_step_cpu": replay / (replay + own),
+        "replay_of_all_cpu": replay / (replay + own + fork_ms * len(costs)),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object (else one line per number)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the throughput measurement")
+    parser.add_argument("--trees", type=Path, metavar="RUN", help="also the cost of replay in the trees below RUN")
     arguments = parser.parse_args()
     found = asyncio.run(measure(arguments.seconds))
+    if arguments.trees is not None:
+        folders = sorted({shard.parent for shard in arguments.trees.rglob("trees-*.jsonl.zst")})
+        fork_ms = 1e3 * float(found["processes"]) / float(found["bare_forks_per_second"])
+        found |= parking((tree for folder in folders for tree in read_trees(folder, complete_only=False)), fork_ms)
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
     print(json.dumps(rounded) if arguments.json else "\n".join(f"{name:24}{value}" for name, value in rounded.items()))
     return 0
