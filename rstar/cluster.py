@@ -260,8 +260,9 @@ async def _on_ray(
                     await asyncio.wait_for(actor.close.remote(), CLOSE_SECONDS)
                 ray.kill(actor)
             leases.back(held.values())
-            deaths.update(held or [(number, "start")])
-            _note_loss(number, lost, max(deaths[one] for one in held or [(number, "start")]), section)
+            concerned = list(held) or [(number, "start")]
+            deaths.update(concerned)
+            _note_loss(number, lost, max(deaths[one] for one in concerned), section)
 
     await asyncio.gather(*(keep_worker(number) for number in range(section.workers)))
 
