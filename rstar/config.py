@@ -65,7 +65,8 @@ class EngineSection:
 
     kind: str = "hf"  # hf, vllm, openai, simulated
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 (the first GPU to use, of those this worker sees)
+    scorer_device: str = ""  # of the PPM, as `device`; empty: the policy's
     max_batch: int = 64  # sequences decoded together
     max_context: int = 2048  # tokens, prompt and continuation together
     threads: int = 0  # CPU threads of the model; 0: all cores

@@ -317,6 +317,59 @@ async def test_a_policy_checkpoint_is_no_scorer(checkpoints: dict[str, Path]) ->
         VllmScorer(checkpoints["policy"], SECTION)
 
 
+async def test_steps_and_siblings_are_computed_on_cached_trunks(
+    policy: VllmPolicy, scorer: VllmScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 32 tokens: of the parent's prompt at most the rest of its last block may be computed again."""
+    trunk = PromptText((TRUNK, "# A trunk that no other test has put into the cache before.\n" * 8))
+    step = "total = 12 + 7\n<end_of_step>\n"
+    for engine in (policy, scorer):
+        cached: list[int] = []
+        run = engine._engine.run
+
+        async def watched(ids: list[int], params: object, adapter: Any, run: Any = run, cached: Any = cached) -> Any:
+            output = await run(ids, params, adapter)
+            cached.append(output.num_cached_tokens)
+            return output
+
+        monkeypatch.setattr(engine._engine, "run", watched)
+        known = len(engine._encoder.encode(trunk.segments)) // 32 * 32
+        if isinstance(engine, VllmPolicy):
+            await engine.generate(trunk, SamplingParams(max_tokens=1))
+            await engine.generate(trunk.plus(step), SamplingParams(max_tokens=1))
+            first, *later = cached
+        else:
+            await engine.score(trunk, [(f"x = {i}\n{step}",) for i in range(4)])
+            first, *later = sorted(cached)
+        assert first < 32 <= known
+        assert len(later) and min(later) >= known
+
+
+async def test_the_config_places_the_engine_on_its_gpus(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM's GPU engine is built with, seen from where its processes would start."""
+    seen: list[tuple[int, float, str | None]] = []
+
+    def built(args: Any) -> None:
+        seen.append((args.tensor_parallel_size, args.gpu_memory_utilization, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    monkeypatch.setattr(vllm_loop.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(vllm_loop.AsyncLLM, "from_engine_args", built)
+    section = replace(SECTION, gpu_memory=0.3, tensor_parallel=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    for device in ("auto", "cuda", "cuda:0", "cuda:2"):
+        vllm_loop.start({"model": str(checkpoints["policy"])}, replace(section, device=device))
+    assert seen == [(2, 0.3, seen_gpus) for seen_gpus in ("4,5,6,7", "4,5,6,7", "4,5", "6,7")]
+    with pytest.raises(UserError, match="GPUs among the 4"):
+        vllm_loop.start({"model": str(checkpoints["policy"])}, replace(section, device="cuda:3"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    vllm_loop.start({"model": str(checkpoints["policy"])}, replace(section, device="cuda:1"))
+    assert seen[-1][2] == "1,2"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests run this engine already")
 async def test_the_engine_of_gpus_behaves_the_same(

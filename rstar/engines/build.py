@@ -1,6 +1,18 @@
-"""From a config section to an engine: the one place where the kinds are told apart. Heavy imports happen here, late."""
+"""From a config section to an engine: the one place where the kinds are told apart. Heavy imports happen here, late.
+
+Where policy and PPM run:
+
+* one GPU for both (the default): vLLM gives each `engine.gpu_memory` of it, hf takes what each needs;
+* GPUs of their own: `engine.scorer_device=cuda:1`, counted among the GPUs that the worker sees; with
+  `engine.tensor_parallel=2` vLLM's policy takes two from `engine.device` on, and so does its scorer from its own;
+* a CPU: in turns, one forward pass at a time, in one process (hf: one torch thread; vLLM: a lock between the engines).
+
+Replicas are search workers, each with a policy and a PPM of its own: `cluster.workers`, `cluster.gpus_per_worker`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from rstar.config import EngineSection
 from rstar.engines.base import Policy, Scorer, value_head
@@ -36,6 +48,7 @@ def build_scorer(section: EngineSection, model_path: str) -> Scorer:
 
     So does a verifier beside vLLM, whose pooling runner has no place for its bias.
     """
+    section = replace(section, device=section.scorer_device or section.device)
     match "hf" if section.kind == "vllm" and value_head(model_path) else section.kind:
         case "hf" | "openai":
             from rstar.engines.hf import HfScorer

@@ -70,6 +70,8 @@ class _VllmModel:
         }
         try:
             self._engine = vllm_loop.start(args, section)
+        except UserError:
+            raise
         except Exception as error:
             raise EngineError(f"vLLM could not start on {name}: {type(error).__name__}: {error}") from error
 

@@ -27,8 +27,9 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rstar.config import EngineSection
 from rstar.engines.base import EngineError
+from rstar.types import UserError
 
 T = TypeVar("T")
 
@@ -76,7 +78,28 @@ def start(args: dict[str, Any], section: EngineSection) -> Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return _ThreadEngine(args | cpu_arguments(section), section.threads)
     share = {"gpu_memory_utilization": section.gpu_memory, "tensor_parallel_size": section.tensor_parallel}
-    return AsyncEngine(args | share)
+    with visible_gpus(section.device, section.tensor_parallel):
+        return AsyncEngine(args | share)
+
+
+@contextmanager
+def visible_gpus(device: str, count: int) -> Iterator[None]:
+    """Processes started inside see `count` of this process's GPUs, from `device` ("cuda:1") on; else all of them."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before, (_, _, index) = os.environ.get(name), device.partition(":")
+    if index:
+        first = int(index)
+        ours = before.split(",") if before else [str(i) for i in range(first + count)]
+        chosen = ours[first : first + count]
+        if len(chosen) < count:
+            raise UserError(f"engine device {device} x {count}", need=f"GPUs among the {len(ours)} this worker sees")
+        os.environ[name] = ",".join(chosen)
+    try:
+        yield
+    finally:
+        if index:
+            del os.environ[name]
+            os.environ.update({name: before} if before is not None else {})
 
 
 def cpu_arguments(section: EngineSection) -> dict[str, Any]:
