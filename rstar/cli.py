@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -53,9 +52,16 @@ def run(arguments: Sequence[str]) -> int:
         if mistakes is None:
             raise
         return _complain(_first(mistakes))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if options.act is not _one_stage:  # its driver says it
+            print(f"\nstopped {stop}; to go on: {shlex.join(['rstar', *arguments])}", file=sys.stderr)
+        return _stop_code(stop)
+
+
+def _stop_code(stop: KeyboardInterrupt) -> int:
+    from rstar.stopping import REQUEUE
+
+    return REQUEUE if stop.args else 130
 
 
 def _complain(error: BaseException) -> int:
@@ -163,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "report", _report, "write report.html and print the table", "rstar report runs/quickstart", config=False
     )
     report.add_argument("run", help="a run's folder")
+    report.add_argument("--unsolved", type=int, default=20, metavar="N", help="list so many unsolved (default 20)")
     command(
         "config", _config, "print the resolved settings", "rstar config configs/rstar_math/quickstart.yaml search.c=1"
     )
@@ -210,7 +217,9 @@ def _round(options: argparse.Namespace) -> int:
 def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers: Sequence[int]) -> int:
     """Run the rounds' unfinished stages, each in a process of its own, and refresh the report after each round."""
     from rstar.cluster import ray_session
+    from rstar.stopping import stop_on_signals
 
+    stop_on_signals()
     run, begun, ran = module.run_dir(config), time.monotonic(), 0
     run.acquire()
     try:
@@ -238,9 +247,9 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
 
 def _run_process(options: argparse.Namespace, number: int, stage: str) -> None:
     command = [sys.executable, "-m", "rstar", "stage", str(number), stage, options.config, *options.overrides]
-    from rstar.training.launch import end_with_parent  # nobody may write to a run folder whose lock is free
+    from rstar.stopping import run_stage
 
-    code = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
+    code = run_stage(command)
     if code:
         raise UserError(
             f"stage {stage} of round {number} ended with exit code {code}", how="mend it; the same command resumes"
@@ -256,6 +265,9 @@ def _refresh(run: Path) -> str:
 
 
 def _one_stage(options: argparse.Namespace) -> int:
+    from rstar.stopping import stop_with_driver
+
+    stop_with_driver()
     module, config = _load(options)
     for stage in module.stages(config, options.number):
         if stage.name == options.stage:
@@ -266,6 +278,9 @@ def _one_stage(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
+    from rstar.stopping import stop_on_signals
+
+    stop_on_signals()
     module, config = _load(options)
     run = module.run_dir(config)
     run.acquire()
@@ -355,7 +370,11 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from rstar.report.unsolved import unsolved_text
+
     print(_refresh(Path(options.run)))
+    if unsolved := unsolved_text(Path(options.run), limit=options.unsolved):
+        print(f"\n{unsolved}")
     print(f"\nreport: {Path(options.run) / 'report.html'}")
     return 0
 
