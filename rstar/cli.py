@@ -54,7 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(_first(mistakes))
     except KeyboardInterrupt as stop:
         if options.act is not _one_stage:  # its driver says it
-            print(f"\nstopped {stop}; to go on: {shlex.join(['rstar', *arguments])}", file=sys.stderr)
+            by = f" by {stop}" if stop.args else ""
+            print(f"\nstopped{by}; the same command resumes: {shlex.join(['rstar', *arguments])}", file=sys.stderr)
         return _stop_code(stop)
 
 

@@ -17,7 +17,7 @@ LAYERS = {
     "engines": 3, "warmup": 3,
     "search": 4, "extract": 4, "training": 4,
     "evaluation": 5, "rounds": 5,
-    "cluster": 6, "report": 6,
+    "cluster": 6, "stopping": 6, "report": 6,
     "recipes": 7, "doctor": 7,
     "comparison": 8,
     "cli": 9, "__main__": 10,
