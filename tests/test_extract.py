@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from rstar.extract.outcomes import outcome_rows
 from rstar.extract.preferences import outcome_counts, preference_rows, sibling_pairs
-from rstar.extract.sft import sft_rows
-from rstar.extract.trajectories import ranked
+from rstar.extract.q_values import q_rows
+from rstar.extract.sft import accuracy, sft_rows
+from rstar.extract.trajectories import path_segments, ranked
+from rstar.problems.records import SYNTHETIC
 from rstar.search.mcts import Mcts
+from rstar.store import write_rows
 from rstar.tree import Node, Tree
 from rstar.types import Problem, TerminalReason, Trajectory
-from tests.fakes import branching, grow
+from tests.fakes import branching, grow, step
 
 
 def test_g3_pairs_are_two_highest_that_lead_right_times_two_lowest_that_lead_wrong() -> None:
@@ -151,3 +157,92 @@ async def test_outcome_rows_label_every_graded_answer() -> None:
     rows = outcome_rows(tree)
     assert len(rows) == len(tree.answers())
     assert [row.label for row in rows] == [float(leaf.reward == 1) for leaf in tree.answers()]
+
+
+async def test_q_rows_hold_every_searched_step_once_with_its_q() -> None:
+    tree = await searched()
+    rows = q_rows(tree)
+    found = {ident: q for row in rows for ident, q in zip(row.node_ids, row.q_values, strict=True)}
+    visited = [node for node in tree.nodes[1:] if node.visit_count]
+    assert sum(len(row.node_ids) for row in rows) == len(found) == len(visited)
+    assert found == {node.id: node.q_value for node in visited}
+    for row in rows:
+        assert len(row.steps) == len(row.q_values) and row.completion == "".join(t for s in row.steps for t in s)
+        assert "".join(row.prompt_segments) == row.prompt
+        whole = row.prompt + row.completion
+        assert whole == "".join(tree.prompt) + "".join(t for t, _ in path_segments(tree, tree.nodes[row.node_ids[-1]]))
+
+
+async def test_q_rows_leave_out_failures_and_the_ppm_s_own_opinion() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        return step(1, "boom()") if index == 0 else branching(1, lambda made: True)(prompt, seed, index)
+
+    expander = grow(script, candidates=4, score=lambda text: 0.9)
+    await Mcts(expander).search(1)
+    tree = expander.tree
+    ids = {ident for row in q_rows(tree) for ident in row.node_ids}
+    assert any(node.terminal is TerminalReason.CODE_ERROR for node in tree.nodes)
+    only_prior = [node.id for node in tree.nodes if node.visit_count == 1 and node.ppm_value is not None]
+    assert only_prior and not ids & set(only_prior)
+    assert ids == {node.id for node in tree.path(tree.answers()[0])}
+
+
+def mixed(right: int, wrong: int, source: str) -> Tree:
+    tree = Tree("p#0", Problem("p", "q", "1", source=source), ("q",))
+    for reward, count in ((1.0, right), (-1.0, wrong)):
+        tree.add_child(
+            tree.root, text=f"{reward}<end_of_answer>", terminal=TerminalReason.ANSWER, reward=reward, answer="1",
+            multiplicity=count, visit_count=1, value_sum=reward,
+        )  # fmt: skip
+    return tree
+
+
+@pytest.mark.parametrize(("right", "wrong", "kept"), [(5, 5, 1), (4, 5, 0), (9, 1, 1)])
+def test_synthetic_problems_below_half_accuracy_give_no_sft_row(right: int, wrong: int, kept: int) -> None:
+    tree = mixed(right, wrong, SYNTHETIC)
+    assert accuracy([tree]) == right / (right + wrong)
+    assert len(sft_rows([tree])) == kept
+    assert len(sft_rows([tree], min_synthetic_accuracy=0.0)) == 1
+    assert len(sft_rows([mixed(right, wrong, "gsm8k")])) == 1
+
+
+async def test_one_correct_solution_gives_one_row() -> None:
+    expander = grow(branching(2, lambda made: made == [0, 0]))
+    await Mcts(expander).search(8)
+    assert len(sft_rows([expander.tree], top=2)) == 1
+
+
+async def test_row_files_load_as_data_sets_with_the_ecosystem_s_columns(tmp_path: Path) -> None:
+    """Preference rows are step-DPO rows as they stand: prompt up to the step, chosen and rejected step."""
+    datasets = pytest.importorskip("datasets")
+    tree = await searched()
+    pairs = preference_rows(tree, min_margin=0, min_edit_distance=0)
+    files = {"sft": sft_rows([tree]), "pairs": pairs, "orm": outcome_rows(tree), "pqm": q_rows(tree)}
+    columns = {
+        "sft": {"prompt", "completion"},
+        "pairs": {"prompt", "chosen", "rejected"},
+        "orm": {"prompt", "completion", "label"},
+        "pqm": {"prompt", "completion", "q_values"},
+    }
+    for name, rows in files.items():
+        path = tmp_path / f"{name}.jsonl"
+        assert write_rows(path, rows) == len(rows) > 0
+        table = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "cache"), split="train")
+        assert len(table) == len(rows)
+        assert columns[name] | {"problem_id", "tree_id", "node_ids"} <= set(table.column_names)
+    step_rows = [row for row in pairs if row.kind == "step"]
+    assert all(row.chosen.count("<end_of_step>") + row.chosen.count("<end_of_code>") <= 1 for row in step_rows)
+    assert "margin" not in datasets.load_dataset(
+        "json", data_files=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), split="train"
+    ).column_names  # fmt: skip
+
+
+async def test_rows_of_a_tree_do_not_depend_on_the_prompt_it_was_searched_with() -> None:
+    """D16: what a bootstrap policy wrote is trained under the prompt of the trained model."""
+    tree = await searched()
+    other = replace(tree, prompt=("Other: q\n", "<code>\n"))
+    assert [r.completion for r in sft_rows([other])] == [r.completion for r in sft_rows([tree])]
+    assert {r.prompt for r in sft_rows([other])} == {"Other: q\n<code>\n"}
+    assert all(
+        r.prompt.startswith("Other: q\n<code>\n") for r in [*preference_rows(other, min_margin=0), *q_rows(other)]
+    )

@@ -5,6 +5,7 @@ import pytest
 
 from rstar.config import ProblemsSection
 from rstar.problems import BENCHMARKS, ProblemSet, load_benchmark, load_problems, needs_image
+from rstar.problems.agreement import agreeing_answer, answer_key
 from rstar.problems.overlap import Overlap, numbers_key, skeleton_key, text_key
 from rstar.problems.worked import worked_solution
 from rstar.types import Problem, UserError
@@ -278,6 +279,66 @@ def test_image_dependent_problems_are_counted_not_trained_on(tmp_path):
     assert load_problems(file_section(write(tmp_path / "x.jsonl", rows))).dropped == {"image": 2}
     assert not needs_image("The figure below [asy] draw((0,0)--(1,1)); [/asy] shows a line.")
     assert not needs_image("Below is a list of figures in a museum. How many are shown?")
+
+
+# Synthetic problems
+
+
+@pytest.mark.parametrize(
+    ("answers", "agreed"),
+    [
+        (["3"] * 3 + ["4"] * 2 + ["5"] * 5, "5"),
+        (["3", "3", "4", "5", "6", "7", "8", "9", "10", "11"], None),
+        (["1/2", "0.5", "\\frac{1}{2}", "2"], "1/2"),
+        (["\\dfrac12", "$\\frac{1}{2}$", " 1/2 ", "7", "7"], "\\dfrac12"),
+        (["1,000", "1000", "1000.0"], "1,000"),
+        (["x+1", "x + 1", "x+1.", "x-1"], "x+1"),
+        (["2"] * 3 + ["3"] * 3, None),  # no majority
+        (["", " ", ""], None),
+        ([], None),
+        (["1/0", "1/0", "1/0"], "1/0"),
+        (["9" * 4000] * 3, "9" * 4000),
+    ],
+)
+def test_a_synthetic_answer_needs_three_that_agree(answers, agreed):
+    assert agreeing_answer(answers, 3) == agreed
+
+
+def test_different_numbers_never_agree():
+    values = ["0.5", "-0.5", "5", "0.05", "1/3", "0.333", "12", "1.2", "\\frac{12}{5}", "(1,2)", "12/50"]
+    assert len({answer_key(value) for value in values}) == len(values)
+    assert answer_key("\\frac{12}{5}") == answer_key("2.4") == answer_key("12/5")
+
+
+def test_synthetic_problems_whose_solutions_disagree_are_dropped_and_counted(tmp_path):
+    agree = ["so \\boxed{4}", "it is \\boxed{4.0}", "\\boxed{4}", "\\boxed{5}"]
+    rows = [
+        {"question": "agreed?", "solutions": agree, "level": "made"},
+        {"question": "split?", "solutions": ["\\boxed{1}", "\\boxed{2}", "\\boxed{3}"]},
+        {"question": "against its own answer?", "answer": "5", "solutions": agree},
+        {"question": "with its own answer?", "answer": "4", "solutions": agree},
+        {"question": "not synthetic?", "answer": "9"},
+        {"question": "not synthetic either?", "answer": "9", "solutions": []},
+    ]
+    path = write(tmp_path / "x.jsonl", rows)
+    problems = load_problems(file_section(path, answers="solutions"))
+    assert [(p.question, p.answer, p.source) for p in problems.train] == [
+        ("agreed?", "4", "synthetic"),
+        ("with its own answer?", "4", "synthetic"),
+        ("not synthetic?", "9", "x"),
+        ("not synthetic either?", "9", "x"),
+    ]
+    assert problems.dropped == {"disagreement": 2} and problems.train[0].level == "made"
+    assert len(load_problems(file_section(path, answers="solutions", min_agreement=4)).train) == 2
+    assert "is no synthetic problem" in complaint(
+        file_section(write(tmp_path / "y.jsonl", [{"question": "a", "solutions": "text"}]), answers="solutions")
+    )
+
+
+def test_a_field_of_the_file_can_serve_as_level(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "1", "kind": "olympiads" if n else "school"} for n in range(3)]
+    section = file_section(write(tmp_path / "x.jsonl", rows), level="kind", levels=["olympiads"])
+    assert len(load_problems(section).train) == 2 and load_problems(section).dropped == {"level": 1}
 
 
 # Benchmarks
