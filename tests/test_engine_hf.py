@@ -20,8 +20,12 @@ from rstar.engines.hf_packed import PackedLinear, pack_linears
 from rstar.engines.hf_prefix import PrefixCache, common_prefix
 from rstar.engines.hf_rows import _group
 from rstar.engines.hf_sampling import sample_tokens
+from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.mcts import Mcts
 from rstar.tokens import load_tokenizer
+from rstar.tree import Tree
 from rstar.types import PromptText, SamplingParams, UserError
+from tests.fakes import LiteralSession, exact_grade, problem
 
 SECTION = EngineSection(dtype="float32", device="cpu", max_batch=8)
 PROMPTS = [
@@ -182,6 +186,15 @@ async def test_text_ends_right_after_the_stop_string_even_inside_a_token(referen
         assert generation.tokens <= 24
 
 
+async def test_a_sample_that_met_its_stop_costs_nothing_more_while_its_siblings_go_on(tiny_model):
+    engine = fresh(tiny_model)
+    generations = await engine.generate(PROMPTS[0], SamplingParams(n=8, max_tokens=400, stop=("e", "1"), seed=3))
+    lengths = [generation.tokens for generation in generations]
+    assert all(generation.stop for generation in generations)
+    assert len(set(lengths)) > 2
+    assert engine.usage.generated_tokens == sum(lengths) < 8 * max(lengths)
+
+
 async def test_max_tokens_cuts_off_and_the_context_bounds_max_tokens(tiny_model):
     engine = fresh(tiny_model, max_context=40)
     size = len(engine.encoder.encode(PROMPTS[0].segments))
@@ -228,6 +241,22 @@ async def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(referen
     await engine._driver
     assert (engine._batches[None].samples, engine._queue, engine._inside) == ([], [], set())
     assert engine.usage.generated_tokens < 3000
+
+
+async def test_a_search_that_ends_early_takes_its_requests_out_of_the_engine(tiny_model):
+    engine = fresh(tiny_model)
+    tools = Tools(engine, None, lambda seed: LiteralSession(), exact_grade)
+    trees = [Tree(f"p#{i}", problem(), PROMPTS[i].segments) for i in range(2)]
+    searches = [Mcts(Expander(tree, tools, Sampling(candidates=3, max_step_tokens=1500))) for tree in trees]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(search.search(8, in_flight=2)) for search in searches]
+        while not engine._batches or len(engine._batches[None].samples) < 6:
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+    await engine._driver
+    assert (engine._batches[None].samples, engine._queue, engine._inside) == ([], [], set())
+    assert engine.usage.generated_tokens < 6 * 1500
 
 
 async def test_a_failed_tick_is_an_engine_error_and_the_engine_lives_on(reference, tiny_model, policy, monkeypatch):
