@@ -22,7 +22,9 @@ from rstar.config import SandboxSection
 from rstar.sandbox import NO_LOCKS, Host, Sandbox, SandboxError, Session, checks, probe
 from rstar.sandbox.checks import attack
 from rstar.sandbox.levels import level_of
-from rstar.types import Execution, ExecutionStatus, UserError
+from rstar.tree import Tree
+from rstar.types import Execution, ExecutionStatus, Problem, UserError
+from tests.benchmarks.sandbox import parking, prefix_costs
 
 T = TypeVar("T")
 SECTION = SandboxSection(cpu_seconds=1.0, wall_seconds=6.0, memory_mib=256, processes=2)
@@ -341,6 +343,19 @@ def test_the_cost_of_prefixes_is_counted(own_box: Callable[..., Box]) -> None:
     box.run("import time\nend = time.thread_time() + 0.1\nwhile time.thread_time() < end: pass", "x = 1", "y = 2")
     assert box.sandbox.counts.dear_prefixes - before == 2
     assert 0.2 < box.sandbox.counts.prefix_cpu_seconds < 0.6
+
+
+def test_the_cost_of_replay_in_a_tree_is_the_cpu_time_of_the_steps_before_each_executed_node() -> None:
+    tree = Tree("t", Problem("p", "?", "1"), ("?",))
+    first = tree.add_child(tree.root, status="ok", cpu_ms=12.0)
+    second = tree.add_child(first, status="ok", cpu_ms=1.0)
+    tree.add_child(first, status="error", cpu_ms=2.0)
+    tree.add_child(tree.add_child(second), status="ok", cpu_ms=4.0)  # below a step without code
+    assert list(prefix_costs(tree)) == [(0.0, 12.0), (12.0, 1.0), (12.0, 2.0), (13.0, 4.0)]
+    found = parking(iter([tree]), fork_ms=5.0)
+    assert (found["executed_nodes"], found["prefix_over_10ms_share"]) == (4, 0.75)
+    assert found["replay_of_step_cpu"] == pytest.approx(37 / (37 + 19))
+    assert found["replay_of_all_cpu"] == pytest.approx(37 / (37 + 19 + 4 * 5))
 
 
 def test_error_text_cannot_drive_a_terminal(box: Box) -> None:

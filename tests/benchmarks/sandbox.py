@@ -173,7 +173,7 @@ def parking(trees: Iterator[Tree], fork_ms: float) -> dict[str, float | str]:
         "prefix_ms_median": percentiles[49],
         "prefix_ms_p90": percentiles[89],
         "prefix_ms_p99": percentiles[98],
-        "prefix_over_10ms_share": statistics.mean(prefix > DEAR_MS for prefix in prefixes),
+        "prefix_over_10ms_share": sum(prefix > DEAR_MS for prefix in prefixes) / len(prefixes),
         "replay_of_step_cpu": replay / (replay + own),
         "replay_of_all_cpu": replay / (replay + own + fork_ms * len(costs)),
     }
