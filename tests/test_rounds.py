@@ -1,4 +1,5 @@
-"""Run folders: manifests written last, stages skipped when complete, refused when made from other settings, locked."""
+"""Run folders: manifests written last, stages skipped when complete, refused when made from other settings, locked.
+And the recipe's stages that need no training: base, search with bootstrap and second pass, extraction, unsolved."""
 
 from __future__ import annotations
 
@@ -9,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from rstar.recipes import load_config
+from rstar.recipes.rstar_math import base_checkpoint, ppm_rows, stages
+from rstar.report.unsolved import unsolved, unsolved_text
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
-from rstar.types import UserError
+from rstar.search.collect import SearchWorker
+from rstar.store import index, read_trees
+from rstar.training.data import read_rows
+from rstar.types import PreferenceRow, SftRow, UserError
+
+TINY = str(Path(__file__).parent.parent / "configs" / "rstar_math" / "tiny.yaml")
+SUMS = ["12 + 7 - 4", "3 + 5", "8 * 2 + 1", "21 - 6", "9 + 9 + 9"]
 
 
 def stage(
@@ -128,3 +138,178 @@ def test_manifest_is_readable_by_people(tmp_path: Path) -> None:
     stage(here, []).execute()
     record = json.loads(here.manifest.read_text())
     assert record["round"] == 2 and record["stages"]["extract"]["settings"] == {"top": 2}
+
+
+def test_keys_younger_than_a_record_count_as_their_defaults(tmp_path: Path) -> None:
+    """A run of weeks outlives the version that began it; a family or an input that appears is still a change."""
+    here = RunDir(tmp_path).round(1)
+    old = {"search": {"rollouts": 8, "gone": 1}, "problems": {"families": {"a": {"count": 1}}}}
+    stage(here, [], settings=old).execute()
+    new = {"search": {"rollouts": 8, "second_pass": 0}, "problems": {"families": {"a": {"count": 1}}, "seed": 1}}
+    assert stage(here, [], settings=new).finished() is not None
+    with pytest.raises(UserError, match="second_pass: 0 -> 16"):
+        stage(here, [], settings={**new, "search": {"rollouts": 8, "second_pass": 16}}).finished()
+    with pytest.raises(UserError, match=r"families\.a: .* -> None"):
+        stage(here, [], settings={**new, "problems": {"families": {}}}).finished()
+    assert stage(here, [], settings={**new, "ppm": {"loss": "pairwise"}}).finished() is not None
+    with pytest.raises(UserError, match=r"ppm\.loss: pairwise -> mse"):
+        stage(here, [], settings={**new, "ppm": {"loss": "mse"}}).finished()
+
+
+def configured(tmp_path: Path, model: Path, *overrides: str):  # type: ignore[no-untyped-def]
+    """The tiny config on five sums, the last of which has a wrong reference answer, with a simulated policy."""
+    rows = [{"id": f"s{n}", "question": text, "answer": str(eval(text) + (n == 4))} for n, text in enumerate(SUMS)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixed = [
+        "problems.name=file", f"problems.path={path}", "problems.heldout=0", f"run.dir={tmp_path / 'run'}",
+        f"model.base={model}", "model.step_tokens=false", "warmup.enabled=false", "engine=simulated", "cluster=inline",
+    ]  # fmt: skip
+    return load_config(TINY, [*fixed, *overrides])[1]
+
+
+def execute(config, number: int, *names: str) -> RoundDir:  # type: ignore[no-untyped-def]
+    for one in stages(config, number):
+        if one.name in names:
+            one.execute()
+            here = one.round
+    return here
+
+
+def test_round_0_counts_and_lists_what_was_left_out(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "bench.jsonl").write_text('{"question": "3 + 5", "answer": "8"}\n')
+    config = configured(tmp_path, tiny_model, f"problems.decontaminate=[{tmp_path / 'bench.jsonl'}]")
+    record = execute(config, 0, "base").record("base")
+    assert record is not None
+    found = record.counts["problems"]
+    assert (found["train"], found["heldout"], found["dropped"]) == (4, 0, {"contaminated": 1})
+    assert found["contaminated"] == [["s1", str(tmp_path / "bench.jsonl")]]
+
+
+def test_bootstrap_policy_searches_round_1_only_and_leaves_its_prompt_behind(tmp_path: Path, tiny_model: Path) -> None:
+    few_shot = Path(TINY).parent / "few_shot.yaml"
+    config = configured(
+        tmp_path, tiny_model, "engine=openai", "bootstrap.enabled=true", "bootstrap.engine.kind=simulated",
+        'bootstrap.model.template="Boot: {question}\\n"', f"bootstrap.model.few_shot={few_shot}", "search.rollouts=12",
+        "extract.min_margin=0",
+    )  # fmt: skip
+    execute(config, 0, "base")
+    here = execute(config, 1, "search", "extract")  # engine.kind=openai has no URL: it would fail if it were asked
+    trees = list(read_trees(here.trees))
+    assert all(tree.prompt[0].count("Boot: ") == 3 and tree.policy == "" for tree in trees)
+    for row in [*read_rows(here.sft, SftRow), *read_rows(here.pairs, PreferenceRow)]:
+        assert row.prompt.startswith(f"{SUMS[int(row.problem_id[1])]}\n<code>\n") and "Boot" not in row.prompt
+    settings = {one.name: one.settings for one in stages(config, 2)}
+    assert settings["search"]["engine"]["kind"] == "openai"
+    assert settings["search"]["model"]["template"] == "{question}\n"
+    assert base_checkpoint(config, RunDir(tmp_path / "run")) == str(tiny_model)
+
+
+def test_second_pass_grows_a_fresh_tree_for_unsolved_problems_only(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path, tiny_model, "search.rollouts=20", "search.second_pass=3", "search.seeds=[0, 4]")
+    execute(config, 0, "base")
+    here = execute(config, 1, "search")
+    trees = {tree.tree_id: tree for tree in read_trees(here.trees)}
+    solved = {tree.problem.id for name, tree in trees.items() if tree.solved and not name.endswith("#5")}
+    assert "s4" not in solved and len(solved) >= 3
+    again = {name.partition("#")[0] for name in trees if name.endswith("#5")}
+    assert again == {f"s{n}" for n in range(5)} - solved
+    assert all(tree.rollouts_done <= 3 for name, tree in trees.items() if name.endswith("#5"))
+    assert {name.partition("#")[2] for name in trees} == {"0", "4", "5"}
+
+    def searched_again(*_: object) -> None:
+        raise AssertionError("a finished tree was searched again")
+
+    here.manifest.unlink()  # killed just before its record was written
+    monkeypatch.setattr(SearchWorker, "search_problem", searched_again)
+    before = index(here.trees)
+    execute(config, 1, "search")
+    assert index(here.trees) == before
+
+
+def test_unsolved_problems_come_with_their_most_frequent_answer(tmp_path: Path, tiny_model: Path) -> None:
+    config = configured(tmp_path, tiny_model, "search.rollouts=20")
+    execute(config, 0, "base")
+    here = execute(config, 1, "search")
+    rows = {row.problem_id: row for row in unsolved(here.trees)}
+    wrong = rows["s4"]  # its reference is 28
+    assert (wrong.reference, wrong.answer) == ("28", "27") and 0.3 < wrong.share <= 1 and wrong.answers > 2
+    answers = [
+        (leaf.answer, leaf.multiplicity) for t in read_trees(here.trees) if t.problem.id == "s4" for leaf in t.answers()
+    ]
+    assert wrong.answers == sum(m for _, m in answers)
+    assert wrong.share == sum(m for a, m in answers if a == "27") / wrong.answers
+    solved = {tree.problem.id for tree in read_trees(here.trees) if tree.solved}
+    assert set(rows).isdisjoint(solved) and set(rows) | solved == {f"s{n}" for n in range(5)}
+    text = unsolved_text(tmp_path / "run")
+    assert (
+        text.splitlines()[0].startswith(f"{len(rows)} problems unsolved in round 1")
+        and "reference 28, given 27" in text
+    )
+    assert unsolved_text(tmp_path / "run", limit=0).endswith(f"and {len(rows)} more")
+
+
+def test_a_round_takes_overrides_although_earlier_rounds_ran_with_others(tmp_path: Path, tiny_model: Path) -> None:
+    """`rstar round 2 CONFIG search.rollouts=9` after a round 1 with 6; nothing of round 1 is compared or made again."""
+    config = configured(tmp_path, tiny_model)
+    execute(config, 0, "base")
+    here = execute(config, 1, "search", "extract")
+    for name in ("policy", "ppm", "eval"):
+        here.finish(name, settings={}, inputs={}, outputs=[], counts={}, seconds=0)
+    other = configured(tmp_path, tiny_model, "search.rollouts=9", "sft.epochs=7")
+    assert stages(other, 2)[0].finished() is None
+    with pytest.raises(UserError, match=r"search\.rollouts: 6 -> 9"):
+        stages(other, 1)[0].finished()
+    overlay = configured(tmp_path, tiny_model, "rounds.r2.search.rollouts=9", "rounds.r2.sft.epochs=7")
+    assert stages(overlay, 1)[0].finished() is not None and stages(overlay, 2)[0].settings["search"]["rollouts"] == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "unread"),
+    [
+        ("extract.min_margin=0.9", {"base", "search"}),
+        ("sft.epochs=9", {"base", "search", "extract"}),
+        ("ppm.epochs=9", {"base", "search", "extract"}),
+        ("eval.rollouts=9", {"base", "search", "extract"}),
+        ("search.trees_in_flight=3", {"base", "search", "extract"}),
+        ("cluster.workers=2", {"base", "search", "extract"}),
+        ("engine.max_batch=3", {"base", "search", "extract"}),
+        ("bootstrap.engine.timeout=9", {"base", "search", "extract"}),
+        ("rounds.r2.search.c=1", {"base", "search", "extract"}),
+        ("search.second_pass=16", {"base", "extract"}),  # the trees that the rows came from are there
+        ("ppm.loss=mse", {"base", "search"}),
+    ],
+)
+def test_an_override_is_refused_by_the_stages_that_read_it_alone(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, override: str, unread: set[str]
+) -> None:
+    tmp_path = tmp_path_factory.getbasetemp() / "shared"
+    tmp_path.mkdir(exist_ok=True)
+    config = configured(tmp_path, tiny_model)
+    execute(config, 0, "base")
+    execute(config, 1, "search", "extract")
+    changed = configured(tmp_path, tiny_model, override)
+    accepted = set()
+    for one in [stages(changed, 0)[0], *stages(changed, 1)[:2]]:
+        try:
+            assert one.finished() is not None
+            accepted.add(one.name)
+        except UserError:
+            continue
+    assert accepted == unread
+
+
+@pytest.mark.parametrize(("loss", "file"), [("mse", "pqm"), ("bce", "orm"), ("pairwise", "pairs")])
+def test_the_loss_of_the_ppm_says_which_rows_are_extracted(
+    tmp_path: Path, tiny_model: Path, loss: str, file: str
+) -> None:
+    config = configured(tmp_path, tiny_model, f"ppm.loss={loss}", "search.rollouts=12", "extract.min_margin=0")
+    execute(config, 0, "base")
+    here = execute(config, 1, "search", "extract")
+    record = here.record("extract")
+    assert record is not None and record.counts[file] > 0
+    assert {"sft.jsonl", "pairs.jsonl", f"{file}.jsonl"} == set(record.outputs)
+    path, kind = ppm_rows(here, loss)
+    assert path.stem == file and len(read_rows(path, kind)) == record.counts[file]

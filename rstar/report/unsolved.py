@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rstar.report.results import round_numbers
+from rstar.report.show import clean
 from rstar.rounds import RoundDir
 from rstar.store import read_trees
 
@@ -70,6 +71,6 @@ def _lines(rows: Sequence[Unsolved], width: int) -> list[str]:
     lines = []
     for row in rows:
         given = f"{row.answer} in {100 * row.share:.0f}% of {row.answers} answers" if row.answers else "no answer"
-        lines.append(f"  {row.problem_id}: reference {row.reference}, given {given}")
-        lines.append(textwrap.shorten(row.question, width, initial_indent="    ", placeholder=" ..."))
+        lines.append(clean(f"  {row.problem_id}: reference {row.reference}, given {given}").replace("\n", " "))
+        lines.append(textwrap.shorten(clean(row.question), width, initial_indent="    ", placeholder=" ..."))
     return lines
