@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from rstar.evaluation import Candidate, bootstrap, by_level, eval_record, measures, pass_at_k, top_score, vote
+from rstar.evaluation import (
+    Candidate,
+    EvalRecord,
+    bootstrap,
+    by_level,
+    chosen_share,
+    eval_record,
+    mcnemar,
+    measures,
+    paired,
+    pass_at_k,
+    top_score,
+    vote,
+)
 from rstar.search.mcts import Mcts
 from rstar.search.sample import sample
 from rstar.types import Problem
@@ -32,6 +45,13 @@ def test_verifier_votes_of_the_other_golden_case() -> None:
     assert {k: c.answer for k, c in chosen.items() if c} == {1: "18", 3: "26", 5: "18"}
 
 
+def test_weighted_votes_count_samples_and_never_count_against_an_answer() -> None:
+    assert (best := vote([Candidate("1", 0.2, 3, True), Candidate("2", 0.9, 1, False)], weighted=True))
+    assert best.answer == "1"  # 3 x 0.6 against 0.95
+    poor = [Candidate("1", -0.3, 4, True), Candidate("2", -0.2, 1, False)]
+    assert (best := vote(poor, weighted=True)) and best.answer == "1"  # sums of raw scores would say -1.2 against -0.2
+
+
 def test_vote_of_nobody_is_nothing() -> None:
     assert vote([]) is None and top_score([]) is None
 
@@ -49,6 +69,41 @@ def test_bootstrap_interval_holds_the_mean_and_narrows() -> None:
     assert many.high - many.low < few.high - few.low
     assert bootstrap([1.0] * 5) == bootstrap([1.0] * 5)
     assert bootstrap([]).n == 0
+
+
+def test_bootstrap_over_items_resamples_whole_problems() -> None:
+    assert bootstrap([9, 0], [9, 1]).mean == pytest.approx(0.9)
+    clustered = bootstrap([10.0, 0.0] * 10, [10] * 20)
+    assert clustered.low < 0.4 and clustered.high > 0.6  # 200 independent items would give [0.43, 0.57]
+
+
+@pytest.mark.parametrize(("wins", "losses", "p"), [(0, 0, 1.0), (5, 0, 0.0625), (10, 2, 158 / 4096), (3, 3, 1.0)])
+def test_mcnemar_is_exact(wins: int, losses: int, p: float) -> None:
+    assert mcnemar(wins, losses) == mcnemar(losses, wins) == pytest.approx(p)
+
+
+def test_paired_comparison_sees_what_two_separate_intervals_cannot() -> None:
+    hard = [0.0, 1.0] * 20
+    better = [1.0] * 6 + hard[6:]
+    found = paired(better, hard)
+    assert (found.wins, found.losses) == (3, 0) and found.p_value == pytest.approx(0.25)
+    assert found.difference.mean == pytest.approx(3 / 40) and found.difference.low >= 0
+    assert bootstrap(better).low < bootstrap(hard).mean
+    assert paired([0.5], [1.0]).p_value is None
+
+
+def scored(*table: tuple[str, float, int], samples: int) -> EvalRecord:
+    found = tuple(Candidate(answer, score, count, answer == "7") for answer, score, count in table)
+    return EvalRecord("p", "1", "", found, samples, 100, 10, 1.0)
+
+
+def test_fewer_samples_than_drawn_are_nested_random_subsets() -> None:
+    record = scored(("7", 0.9, 1), ("5", 0.1, 2), samples=8)  # five samples found no answer
+    shares = [chosen_share(record, k, top_score) for k in range(1, 9)]
+    assert shares == sorted(shares) and shares[-1] == 1.0  # the best one stays the best in every larger subset
+    assert shares[3] == pytest.approx(4 / 8, abs=0.2)
+    assert chosen_share(record, 8, vote) == 0.0 < chosen_share(record, 2, vote)
+    assert chosen_share(scored(("5", 0.1, 2), samples=8), 2, vote) == 0.0
 
 
 async def same(answer: str, reference: str) -> bool:
@@ -78,6 +133,26 @@ async def test_search_at_test_time_answers_with_the_highest_ppm_score() -> None:
     record = await eval_record([expander.tree], same)
     assert len(record.candidates) == 1 and record.candidates[0].correct
     assert measures("mcts", [record])["accuracy"].mean == 1.0
+
+
+async def test_votes_are_counted_by_value_and_not_by_spelling() -> None:
+    script = branching(1, lambda made: True)
+    expander = grow(
+        lambda prompt, seed, i: script(prompt, seed, i).replace("{1}", "{0.50}" if "x1 = 0" in prompt else "{1/2}"),
+        test_time=True,
+        answer="1/2",
+    )
+    expander.tree.searcher = "sample"
+    await sample(expander, 2)
+    record = await eval_record([expander.tree], same)
+    assert {c.answer for c in record.candidates} == {"1/2"} and len(record.candidates) == 2
+
+
+async def test_samples_with_scores_have_a_best_of_n() -> None:
+    expander = grow(branching(1, lambda made: made == [0]), test_time=True, score=lambda text: 0.5 * ("x1 = 0" in text))
+    expander.tree.searcher = "sample"
+    await sample(expander, 2)
+    assert measures("sample", [await eval_record([expander.tree], same)])["best-of-2"].mean == 1.0
 
 
 async def test_problem_without_an_answer_counts_as_wrong() -> None:

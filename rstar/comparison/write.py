@@ -180,7 +180,7 @@ def plot(found: Found) -> str:
     for q in found.questions:
         for contender in found.contenders:
             own = [row for row in found.rows if (row.model, row.benchmark) == (contender.name, q.name) and row.choice]
-            panels.append((f"{q.name}, {contender.name}", _panel(own)))
+            panels.append((f"{q.name}, {contender.name}: accuracy, %", _panel(own)))
     columns = min(len(found.contenders), len(panels))
     wide, high = WIDTH + 20, HEIGHT + 34
     parts = []
@@ -215,13 +215,13 @@ def _panel(own: Sequence[Row]) -> str:
 
 
 _SHORT: Mapping[str, str] = {
-    "weighted majority PPM": "weighted PPM",
-    "weighted majority ORM": "weighted ORM",
-    "best-of-n PPM": "best, PPM",
-    "best-of-n ORM": "best, ORM",
-    "mcts top score": "mcts, top",
-    "mcts majority": "mcts, vote",
-    "mcts weighted": "mcts, weight",
+    "weighted majority PPM": "maj PPM",
+    "weighted majority ORM": "maj ORM",
+    "best-of-n PPM": "best PPM",
+    "best-of-n ORM": "best ORM",
+    "mcts top score": "mcts top",
+    "mcts majority": "mcts maj",
+    "mcts weighted": "mcts weight",
 }
 
 
