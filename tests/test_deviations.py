@@ -1,0 +1,245 @@
+"""The numbered deviations of rstar/recipes/rstar_math.py: each has a test named after it and a switch, or a reason.
+
+Here are the switches, and what is not tested beside its own part. D2, D13 and the defaults of D1, D3, D4, D5 are in
+test_mcts.py, D8 and D9 in test_extract.py, D10's votes in test_evaluation.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from rstar.config import PpmSection, SearchSection, TrainSection, keys
+from rstar.extract.sft import sft_rows
+from rstar.extract.trajectories import path_segments
+from rstar.problems.agreement import agreeing_answer
+from rstar.recipes import load_config, rstar_math
+from rstar.rounds import RunDir
+from rstar.search.collect import _sampling
+from rstar.search.expand import Expander
+from rstar.search.mcts import Mcts, select
+from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.tree import Tree
+from rstar.types import TerminalReason
+from tests.fakes import answer, branching, depth_of, finish, grow, problem, step
+from tests.training_rows import pair_rows
+from tests.training_rows import sft_rows as solution_rows
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "rstar_math"
+DEVIATIONS = re.findall(r"^(D\d+) ((?:.|\n(?=    ))+)", rstar_math.__doc__ or "", flags=re.MULTILINE)
+
+
+def with_switch(expander: Expander, **switch: object) -> Expander:
+    return Expander(expander.tree, expander.tools, dataclasses.replace(expander.sampling, **switch))
+
+
+def test_every_deviation_has_a_test_and_a_switch_or_a_reason() -> None:
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [name for name, _ in DEVIATIONS] == [f"D{n}" for n in range(1, len(DEVIATIONS) + 1)] and len(
+        DEVIATIONS
+    ) >= 18
+    known = set(keys(rstar_math.Config))
+    for name, says in DEVIATIONS:
+        assert re.search(rf"def test_deviation_{name}_", text), f"{name} has no test"
+        named = re.findall(r"\b((?:search|extract|ppm|sft|problems|warmup|bootstrap|eval)\.[a-z_.]*[a-z])", says)
+        assert set(named) <= known, f"{name} names {set(named) - known}"
+        assert named or "No switch:" in says or "all three" in says, f"{name} has neither a switch nor a reason"
+
+
+def test_searches_take_every_switch_from_the_config() -> None:
+    section = SearchSection(
+        ppm_prior_visits=0,
+        back_up_dead_ends=False,
+        back_up_max_depth=False,
+        first_answer_only=True,
+        answer_candidates=3,
+    )
+    sampling = _sampling(section)
+    for field in dataclasses.fields(sampling):
+        assert getattr(sampling, field.name) == getattr(section, field.name), field.name
+
+
+def test_deviation_D1_switch_scores_unvisited_children_zero() -> None:
+    """G2b: with the official rule A is still chosen, and a toy tree is searched nearly depth first."""
+    tree = Tree(tree_id="t", problem=problem(), prompt=("q",))
+    visited, fresh = tree.add_child(tree.root, text="A"), tree.add_child(tree.root, text="C")
+    for _ in range(3):
+        tree.backpropagate(visited, 1.0)
+    assert select(tree, tree.root, c=2.0, unvisited=0.0) is visited
+    assert select(tree, tree.root, c=2.0) is fresh
+
+
+@pytest.mark.parametrize(("unvisited", "branches"), [(math.inf, 12), (0.0, 1)])
+async def test_deviation_D1_standard_uct_visits_every_branch(unvisited: float, branches: int) -> None:
+    expander = grow(branching(4, lambda made: True), candidates=12)
+    await Mcts(expander, unvisited=unvisited).search(48)
+    tree = expander.tree
+    assert sum(child.visit_count > 0 for child in tree.children(tree.root)) == branches
+
+
+def failing(prompt: str, seed: int, index: int) -> str:
+    return step(1, f"x1 = {index}") if depth_of(prompt) == 0 else step(2, f"boom({index})")
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+async def test_deviation_D3_switch_keeps_a_dead_end_from_its_ancestors(everywhere: bool) -> None:
+    expander = with_switch(grow(failing), back_up_dead_ends=everywhere)
+    await Mcts(expander).search(10)
+    tree = expander.tree
+    dead = [node for node in tree.children(tree.root) if node.terminal is TerminalReason.DEAD_END]
+    assert [(n.visit_count, n.value_sum) for n in dead] == [(1, -1.0)] * 2
+    assert (tree.root.visit_count, tree.root.value_sum) == ((2, -2.0) if everywhere else (0, 0.0))
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+async def test_deviation_D4_switch_keeps_max_depth_from_its_ancestors(everywhere: bool) -> None:
+    expander = grow(branching(9, lambda made: True), candidates=1, max_depth=3)
+    expander = with_switch(expander, back_up_max_depth=everywhere)
+    await Mcts(expander).search(1)
+    (leaf,) = [n for n in expander.tree.nodes if n.terminal is TerminalReason.MAX_DEPTH]
+    assert (leaf.visit_count, leaf.value_sum) == (1, -1.0)
+    assert expander.tree.root.visit_count == int(everywhere)
+
+
+async def test_deviation_D5_switch_keeps_the_first_answer_alone() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        if "<end_of_code>" not in prompt:
+            return finish("v")
+        return answer(str(index)) if index else "no answer at all<end_of_answer>"
+
+    expander = with_switch(grow(script, candidates=4), first_answer_only=True)
+    await Mcts(expander).search(1)
+    assert [node.answer for node in expander.tree.nodes if node.terminal] == ["1"]
+    assert expander.tree.root.visit_count == 1
+
+
+def test_deviation_D6_scores_are_squashed_and_the_loss_is_on_raw_scores() -> None:
+    """G4: 0.361572 on raw scores, 0.412201 with tanh inside; served scores tanh(v / 5)."""
+    torch = pytest.importorskip("torch")
+    from rstar.engines.base import squash
+    from rstar.training.losses import pairwise_losses
+
+    default, paper = PpmSection(), PpmSection(tanh_in_loss=True, score_scale=1.0)
+    chosen, rejected = torch.tensor([1.2, 1.2, 0.4, 0.4]), torch.tensor([-0.3, 0.1, -0.3, 0.1])
+    for section, golden in ((default, 0.361572), (paper, 0.412201)):
+        scale = section.score_scale if section.tanh_in_loss else 0.0
+        assert float(pairwise_losses(chosen, rejected, tanh_scale=scale).mean()) == pytest.approx(golden, abs=1e-6)
+    served = [squash(raw, default.score_scale) for raw in (1.2, 0.4, -0.3, 0.1)]
+    assert served == pytest.approx([0.235496, 0.079830, -0.059928, 0.019997], abs=1e-6)
+    assert squash(1.2, paper.score_scale) == pytest.approx(math.tanh(1.2))
+
+
+@pytest.mark.parametrize("tanh_in_loss", [False, True])
+def test_deviation_D6_switch_reaches_the_training_and_the_checkpoint(
+    tiny_model: Path, tmp_path: Path, tanh_in_loss: bool
+) -> None:
+    from rstar.training.ppm import train_ppm
+
+    quick = PpmSection(learning_rate=1e-3, batch_size=64, micro_batch_tokens=4096, dtype="float32", heldout=0.0)
+    section = dataclasses.replace(quick, tanh_in_loss=tanh_in_loss, score_scale=0.01)  # so small that tanh saturates
+    result = train_ppm(pair_rows(trees=2), str(tiny_model), tmp_path / "ppm", section, seed=0)
+    raw = train_ppm(pair_rows(trees=2), str(tiny_model), tmp_path / "raw", quick, seed=0)
+    assert (abs(result.training.first_loss - raw.training.first_loss) > 1e-3) is tanh_in_loss
+    assert json.loads((tmp_path / "ppm" / "config.json").read_text())["rstar_score_scale"] == 0.01
+
+
+def test_deviation_D7_the_ppm_trains_for_one_epoch(tiny_model: Path, tmp_path: Path) -> None:
+    from rstar.training.ppm import train_ppm
+
+    assert PpmSection().epochs == 1 and TrainSection().epochs == 2
+    section = PpmSection(learning_rate=1e-3, batch_size=7, micro_batch_tokens=4096, dtype="float32", heldout=0.0)
+    steps = []
+    for epochs in (1, 2):
+        one = dataclasses.replace(section, epochs=epochs)
+        steps.append(train_ppm(pair_rows(trees=2), str(tiny_model), tmp_path / f"{epochs}", one, seed=0).training.steps)
+    assert steps == [2, 4]
+
+
+def test_deviation_D11_only_the_model_s_own_text_carries_loss(tiny_model: Path) -> None:
+    from rstar.training.data import encode_sft
+
+    tokenizer = load_tokenizer(tiny_model)
+    row = solution_rows(1, 1)[0]
+    encoded = encode_sft(row, SegmentEncoder(tokenizer), 4096)
+    trained = tokenizer.decode(encoded.paths[0][encoded.trained])
+    own = "".join(text for text, mine in row.segments if mine)
+    assert trained.removesuffix(tokenizer.eos_token) == own
+    assert "<output>" in row.completion and "<output>" not in trained and "<answer>" not in trained
+
+
+async def test_deviation_D11_search_marks_what_we_wrote() -> None:
+    expander = grow(branching(0, lambda made: True), candidates=1)
+    await Mcts(expander).search(1)
+    ours = [text for text, mine in path_segments(expander.tree, expander.tree.answers()[0]) if not mine]
+    assert ours == ["<output>v<end_of_output>\n<answer>"]
+
+
+async def test_deviation_D12_escalation_goes_on_in_the_same_tree() -> None:
+    script = branching(3, lambda made: made == [1, 1, 1])
+    once, escalated = grow(script), grow(script)
+    await Mcts(once).search(8)
+    await Mcts(escalated).search(3)
+    before = [node.text for node in escalated.tree.nodes]
+    await Mcts(escalated).search(8)  # rollouts 3, escalate [5]
+    assert [node.text for node in escalated.tree.nodes][: len(before)] == before
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in one.tree.to_rows()] for one in (once, escalated)
+    ]
+    assert rows[0] == rows[1] and escalated.tree.rollouts_done == 8
+
+
+def test_deviation_D14_warm_up_is_off_but_where_a_config_asks_for_it(tmp_path: Path, tiny_model: Path) -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        if path.stem in ("few_shot", "paper"):
+            continue
+        _, config = load_config(str(path), [])
+        assert config.warmup.enabled is (path.stem in ("quickstart", "tiny")), path
+        assert not (config.warmup.enabled and config.bootstrap.enabled)
+    _, config = load_config(str(CONFIGS / "tiny.yaml"), [f"model.base={tiny_model}", "model.step_tokens=false"])
+    run = RunDir(tmp_path)
+    assert rstar_math.base_checkpoint(config, run) == str(run.round(0).policy)
+    off = dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, enabled=False))
+    assert rstar_math.base_checkpoint(off, run) == str(tiny_model)
+
+
+def test_deviation_D15_the_second_pass_is_a_fresh_tree_with_the_next_seed() -> None:
+    search = SearchSection(rollouts=16, seeds=[0, 3], escalate=[64], second_pass=12)
+    again = rstar_math.second_pass(search)
+    assert again is not None and (again.seeds, again.rollouts, again.escalate) == ([4], 12, [])
+    assert rstar_math.second_pass(dataclasses.replace(search, second_pass=0)) is None
+
+
+async def test_deviation_D16_bootstrap_rows_carry_the_prompt_that_is_trained() -> None:
+    """What a round of it looks like is in test_rounds.py; a row is the same for any prompt."""
+    expander = grow(branching(1, lambda made: made == [1]))
+    await Mcts(expander).search(4)
+    other = dataclasses.replace(expander.tree, prompt=("plain q\n", "<code>\n"))
+    (theirs,), (ours,) = sft_rows([expander.tree]), sft_rows([other])
+    assert ours.prompt == "plain q\n<code>\n" != theirs.prompt and ours.completion == theirs.completion
+
+
+def test_deviation_D17_a_shared_step_counts_once_for_each_row_that_holds_it(tiny_model: Path) -> None:
+    from rstar.training.batching import micro_batches
+    from rstar.training.data import encode_sft
+
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    rows = [encode_sft(row, encoder, 4096) for row in solution_rows(1, 2)]  # the same first step
+    weights = []
+    for packing in (True, False):
+        ((batch,),) = micro_batches(rows, 100_000, tree_packing=packing)
+        weights.append(float(batch.weight.sum()))
+        assert len(batch.ids) < sum(row.tokens for row in rows) if packing else True
+        heaviest = float(batch.weight.max() / batch.weight.min())
+        assert heaviest == pytest.approx(2.0 if packing else 1.0)
+    assert weights == pytest.approx([1.0, 1.0])
+
+
+def test_deviation_D18_synthetic_answers_agree_as_numbers_or_texts() -> None:
+    answers = ["1/2", "0.5", "\\frac12", "0.51", "3"]
+    assert agreeing_answer(answers, 3) == "1/2" and agreeing_answer(answers, 4) is None
+    assert agreeing_answer(["5", "6", "6"], 3) is None and agreeing_answer(["5", "6", "6"], 0) == "6"
