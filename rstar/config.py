@@ -166,6 +166,7 @@ class SearchSection:
     back_up_max_depth: bool = True  # false: the same for max_depth (D4)
     first_answer_only: bool = False  # an expansion with an answer keeps its first and nothing else (official code, D5)
     use_ppm: bool = False  # PPM-augmented instead of terminal-guided
+    ppm: str = ""  # folder of that PPM; empty: the one of the round before
     beam_width: int = 8  # of beam: nodes kept at each depth; dvts splits it into beam_width / candidates subtrees
     ppm_prior_visits: int = 1  # 1: the PPM's value is a new child's first visit; 0: kept outside N
     rollouts_in_flight: int = 1  # walks of one tree at once (virtual loss); 1 is the reference
@@ -205,9 +206,12 @@ class TrainSection:
     dtype: str = "auto"  # autocast dtype; weights stay float32
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: full fine-tuning
+    dropout: float = 0.0  # on what every attention and MLP block adds to the residual stream
     frozen_layers: int = 0  # the embeddings and so many of the lowest layers stay as they are (faster on a CPU)
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
-    processes: int = 1  # torchrun processes on this node
+    processes: int = 1  # a training's processes, one per GPU
+    launcher: str = "torchrun"  # what starts them: torchrun (on this node) or ray (Ray Train, on the cluster's nodes)
+    fsdp: bool | None = None  # weights sharded over the processes, else whole in each; null: on GPUs without LoRA
     save_steps: int = 0  # checkpoints for resuming; 0: only at the end
 
 
@@ -222,6 +226,17 @@ class PpmSection(TrainSection):
     margin: float = 0.0  # times a pair's Q margin: by how much its scores are to differ at least; the paper has none
     loss: str = "pairwise"  # pairwise (PPM), mse (PQM), bce (ORM)
     heldout: float = 0.05  # share of problems kept for pair accuracy
+
+
+@dataclass(frozen=True)
+class VerifierSection(TrainSection):
+    """The outcome verifier."""
+
+    epochs: float = 1
+    learning_rate: float = 1e-5
+    init: str = "generator"  # generator, base, or a model folder or hub id of another size
+    level: str = "token"  # token: a value after every token of a solution; solution: after its last one
+    lm_weight: float = 1.0  # of the language-model loss; 0: values only
 
 
 @dataclass(frozen=True)

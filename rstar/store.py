@@ -1,8 +1,9 @@
 """Trees on disk: append-only shards of zstd frames, one frame a tree, one shard a worker.
 
 Each tree's frame follows a small zstd skippable frame that holds the length of the tree's frame, the tree's revision,
-whether it is complete, and its id. So `zstd -d` reads a shard as plain JSON lines, an index needs no decompression, a torn tail (a
-crash in the middle of a write) is recognised and cut, and a damaged frame in the middle is refused by file and number.
+whether it is complete, and its id. So `zstd -d` reads a shard as plain JSON lines, an index needs no decompression, a
+torn tail (a crash in the middle of a write) is recognised and cut, and a damaged frame in the middle is refused by file
+and number.
 A later frame of the same tree id replaces an earlier one: that is how a tree is saved in the middle of its search, and
 how a finished one is continued or re-scored (which raises its revision, whatever shard it is written to).
 

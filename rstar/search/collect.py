@@ -13,7 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rstar.config import EngineSection, ModelSection, SandboxSection, SearchSection
@@ -26,6 +26,7 @@ from rstar.search.beam import beam_search, dvts
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.mcts import Mcts
 from rstar.search.sample import sample, score_answers
+from rstar.search.tree_operations import rescore
 from rstar.store import FrameRef, TreeWriter, index, read_frame
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
@@ -40,6 +41,8 @@ class SearchPass:
     search: SearchSection
     test_time: bool = False  # the ground truth does not guide the search; answers are scored by the PPM
     trees: Path | None = None  # nothing is generated: the answers of this folder's trees are scored
+    revision: int = 0  # finished trees of lower revisions are taken up again
+    rescore: bool = False  # and get the PPM values of the job's PPM first
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def tree_id(problem: Problem, seed: int) -> str:
 def unfinished(problems: Iterable[Problem], job: SearchJob, pass_index: int) -> list[WorkItem]:
     """Problems without a complete tree for every seed of the pass: what a restarted stage still has to do."""
     one = job.passes[pass_index]
-    done = {tid for tid, ref in index(one.folder).items() if ref.complete}
+    done = {tid for tid, ref in index(one.folder).items() if ref.complete and ref.revision >= one.revision}
     return [WorkItem(pass_index, p) for p in problems if any(tree_id(p, seed) not in done for seed in one.search.seeds)]
 
 
@@ -153,7 +156,7 @@ class SearchWorker:
         section = one.search
         if one.trees is not None:
             return await self._score_again(item)
-        trees = [self._tree(item, seed) for seed in section.seeds]
+        trees = [await self._tree(item, seed) for seed in section.seeds]
         tools = self._tools(one)
         growing = [Expander(tree, tools, _sampling(section)) for tree in trees if not tree.complete]
         for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
@@ -220,23 +223,31 @@ class SearchWorker:
             case other:
                 raise UserError(f"search.method={other}", need="mcts, beam, dvts or sample")
 
-    def _tree(self, item: WorkItem, seed: int) -> Tree:
+    async def _tree(self, item: WorkItem, seed: int) -> Tree:
         assert self._wrap is not None
-        problem, section = item.problem, self.job.passes[item.pass_index].search
+        one = self.job.passes[item.pass_index]
+        problem, section = item.problem, one.search
         earlier = self._earlier[item.pass_index].get(tree_id(problem, seed))
+        settings = {**asdict(section), "sandbox": self.sandbox.level}
         if earlier is not None:
-            return read_frame(earlier)
+            tree = read_frame(earlier)
+            if tree.revision >= one.revision:
+                return tree
+            if one.rescore and self._scorer is not None:
+                tree = await rescore(tree, self._scorer, ppm=self.job.ppm)
+            return replace(tree, revision=one.revision, complete=False, settings=settings)
         return Tree(
             tree_id=tree_id(problem, seed),
             problem=problem,
             prompt=step_prompt(self._wrap(problem.question), section.form).segments,
             recipe=self.job.recipe,
             searcher=section.method,
-            settings={**asdict(section), "sandbox": self.sandbox.level},
+            settings=settings,
             seed=seed,
             policy=self.job.policy,
             ppm=self.job.ppm if section.use_ppm else "",
             worker=self.identity,
+            revision=one.revision,
         )
 
     def _tools(self, one: SearchPass) -> Tools:
