@@ -1,0 +1,13 @@
+# Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+RSTAR="${RSTAR:-$([ -x .venv/bin/rstar ] && echo .venv/bin/rstar || echo rstar)}"
+
+usage_or_go() { # usage_or_go HOW_MANY "$@": print the launcher's own first comment for --help or too few arguments
+    local needed="$1"
+    shift
+    case "${1:-}" in --help | -h) set -- && needed=0 ;; *) [ $# -ge "$needed" ] && return 0 ;; esac
+    sed -n '2,/^\(#SBATCH\|[^#]\)/{/^# \{0,1\}/!d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"
+    [ "$needed" = 0 ] && exit 0
+    exit 2
+}

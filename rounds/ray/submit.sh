@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Submits the rounds to the Ray head on this machine, one job a round, and follows them. The jobs run in this checkout.
+# A finished round is skipped: the same command resumes. `ray job stop ID` stops a round at a safe point.
+#
+#   bash rounds/ray/submit.sh [--rounds "1 2"] CONFIG.yaml [key=value ...]
+#
+# --rounds                which rounds, in order (default "0 1 2 3 4")
+# RAY_DASHBOARD_ADDRESS   the head's dashboard, from ray[default] (default http://127.0.0.1:8265)
+set -euo pipefail
+. "$(dirname "$0")/../launch.sh"
+usage_or_go 1 "$@"
+
+rounds="0 1 2 3 4"
+[ "$1" = --rounds ] && rounds="$2" && shift 2
+config="$1"
+shift
+case "$RSTAR" in */*) RSTAR="$(realpath "$RSTAR")" ;; esac
+for number in $rounds; do
+    ray job submit --address "${RAY_DASHBOARD_ADDRESS:-http://127.0.0.1:8265}" -- \
+        env --chdir="$PWD" "$RSTAR" round "$number" "$config" cluster.address=auto "$@" || {
+        echo "rstar: round $number did not finish; the same command resumes" >&2
+        exit 1
+    }
+done

@@ -1,0 +1,204 @@
+"""The launchers of rounds/ with a fake srun, scontrol, ray and rstar on PATH: what is run, how it resumes, is requeued,
+and stops; and that the real driver stops at a safe point when a scheduler says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rstar.store import index
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/rstar_math/quickstart.yaml"
+
+LOG = 'echo "$(basename "$0") $*" >>"$LOG"\n'
+FAKES = {
+    "srun": LOG + 'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"\n',
+    "scontrol": LOG + 'if [ "$1" = show ]; then printf "node1\\nnode2\\nnode3\\n"; fi\n',
+    "ray": LOG + 'case "$*" in *--block*) exec sleep 60 ;; esac\n'
+    'if [ "$1" = job ]; then while [ "$1" != -- ]; do shift; done; shift; "$@"; fi\n',
+    "rstar": LOG + 'until [ "$(grep -c "^ray start" "$LOG")" -ge "${RAYS:-0}" ]; do sleep 0.05; done\n'
+    '[ -e "$STATE/wait" ] || exit "${RSTAR_CODE:-0}"\n'
+    'trap "rm $STATE/wait; exit 75" USR1 TERM\ntouch "$STATE/running"\nwhile true; do sleep 0.05; done\n',
+}
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> dict[str, str]:
+    """An environment in which every cluster command is a script that writes down how it was called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in FAKES.items():
+        (folder / name).write_text("#!/usr/bin/env bash\n" + text)
+        (folder / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "RSTAR": "rstar",
+        "LOG": str(tmp_path / "log"),
+        "STATE": str(tmp_path),
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[1-3]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+
+
+def launch(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", f"rounds/{script}", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def calls(env: dict[str, str], name: str = "") -> list[str]:
+    lines = Path(env["LOG"]).read_text().splitlines() if Path(env["LOG"]).exists() else []
+    return [line for line in lines if line.startswith(name)]
+
+
+def wait_for(condition: object, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+LAUNCHERS = sorted(
+    str(p.relative_to(ROOT / "rounds"))
+    for p in (ROOT / "rounds").rglob("*")
+    if p.suffix in (".sh", ".sbatch") and p.name not in ("launch.sh", "environment.sh")
+)
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_every_launcher_explains_itself_and_runs_nothing_for_help(script: str, fakes: dict[str, str]) -> None:
+    out = launch(script, "--help", env=fakes)
+    assert out.returncode == 0 and f"rounds/{script}" in out.stdout and "SBATCH" not in out.stdout
+    assert len(out.stdout.splitlines()) < 20 and not calls(fakes)
+
+
+def test_rounds_are_the_recipes_own_and_round_one_brings_the_base_along(fakes: dict[str, str]) -> None:
+    assert launch("all.sh", CONFIG, "search.c=1", env=fakes).returncode == 0
+    for number in (1, 2, 3, 4):
+        assert launch(f"round{number}.sh", CONFIG, "search.c=1", env=fakes).returncode == 0
+    rounds = [f"rstar round {number} {CONFIG} search.c=1" for number in (0, 1, 2, 3, 4)]
+    assert calls(fakes) == [f"rstar evolve {CONFIG} search.c=1", *rounds]
+    assert launch("round2.sh", env=fakes).returncode == 2
+
+
+def test_slurm_job_starts_head_then_workers_then_one_driver(fakes: dict[str, str]) -> None:
+    env = fakes | {"SLURM_GPUS_ON_NODE": "4", "RAYS": "2"}
+    out = launch("slurm/rounds.sbatch", "round", "2", CONFIG, "cluster.workers=5", env=env)
+    assert out.returncode == 0, out.stderr
+    head, others = [line for line in calls(env, "srun") if "ray start" in line]
+    assert "--nodelist=node1 ray start --head --node-ip-address=node1 --port=6379" in head
+    assert "--nodes=2" in others and "--exclude=node1 ray start --address=node1:6379 --block" in others
+    (driver,) = calls(env, "rstar")
+    assert driver == (
+        f"rstar round 2 {CONFIG} cluster.address=node1:6379 cluster.workers=12 cluster.gpus_per_worker=1"
+        " cluster.workers=5"
+    )
+    assert not calls(env, "scontrol requeue"), "a finished job came back"
+
+
+def slurm_job(env: dict[str, str], number: int) -> int:
+    """Run the job until its driver is up, send it a signal as Slurm does (to the batch shell alone)."""
+    (Path(env["STATE"]) / "wait").touch()
+    job = subprocess.Popen(["bash", "rounds/slurm/rounds.sbatch", "evolve", CONFIG], cwd=ROOT, env=env)
+    wait_for((Path(env["STATE"]) / "running").exists)
+    job.send_signal(number)
+    return job.wait(timeout=60)
+
+
+def test_slurm_job_requeues_itself_before_the_time_limit_and_resumes(fakes: dict[str, str]) -> None:
+    assert slurm_job(fakes, signal.SIGUSR1) == 75
+    assert calls(fakes, "scontrol requeue") == ["scontrol requeue 77"]
+    assert launch("slurm/rounds.sbatch", "evolve", CONFIG, env=fakes).returncode == 0
+    first, second = calls(fakes, "rstar")
+    assert first == second, "a requeued job must run the same command"
+
+
+def test_cancelled_slurm_job_does_not_come_back(fakes: dict[str, str]) -> None:
+    assert slurm_job(fakes, signal.SIGTERM) == 75
+    assert not calls(fakes, "scontrol requeue")
+
+
+def test_failed_driver_fails_the_slurm_job(fakes: dict[str, str]) -> None:
+    assert launch("slurm/rounds.sbatch", "evolve", CONFIG, env=fakes | {"RSTAR_CODE": "2"}).returncode == 2
+    assert not calls(fakes, "scontrol requeue")
+
+
+def test_slurm_workers_join_a_running_head(fakes: dict[str, str]) -> None:
+    job = subprocess.Popen(["bash", "rounds/slurm/workers.sbatch", "node1:6379"], cwd=ROOT, env=fakes)
+    wait_for(lambda: calls(fakes, "ray"))
+    job.kill()
+    job.wait()
+    assert calls(fakes, "ray") == ["ray start --address=node1:6379 --block"]
+
+
+def test_ray_head_worker_and_submission(fakes: dict[str, str]) -> None:
+    assert launch("ray/head.sh", "--num-cpus=3", env=fakes).returncode == 0
+    assert calls(fakes)[-1] == "ray start --head --port=6379 --dashboard-host=127.0.0.1 --num-cpus=3"
+    out = launch("ray/submit.sh", "--rounds", "1 2", CONFIG, "run.dir=/shared/my runs", env=fakes)
+    assert out.returncode == 0, out.stderr
+    assert calls(fakes, "rstar") == [
+        f"rstar round {number} {CONFIG} cluster.address=auto run.dir=/shared/my runs" for number in (1, 2)
+    ]
+    assert all("--address http://127.0.0.1:8265" in line for line in calls(fakes, "ray job"))
+
+
+def test_ray_submission_stops_at_the_round_that_failed(fakes: dict[str, str]) -> None:
+    out = launch("ray/submit.sh", CONFIG, env=fakes | {"RSTAR_CODE": "75"})
+    assert out.returncode == 1 and "the same command resumes" in out.stderr
+    assert len(calls(fakes, "rstar")) == 1
+
+
+# -- the real driver ---------------------------------------------------------------------------------------------------
+
+
+def evolve(folder: Path) -> list[str]:
+    """Round 0 and a slow search of round 1 without a model: the simulated engine takes half a minute for it."""
+    settings = ["cluster=inline", "engine=simulated", "warmup.enabled=false", "model.step_tokens=false"]
+    settings += ["engine.tokens_per_second=600", "search.trees_in_flight=2", "eval.methods=[greedy]", "run.rounds=1"]
+    return ["evolve", "configs/rstar_math/tiny.yaml", *settings, f"run.dir={folder}"]
+
+
+def descendants(pid: int) -> set[int]:
+    import psutil
+
+    return {one.pid for one in psutil.Process(pid).children(recursive=True)}
+
+
+def finished(folder: Path) -> set[str]:
+    return {tid for tid, ref in index(folder / "round_01").items() if ref.complete} if folder.exists() else set()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_driver_stops_at_a_safe_point_without_leaving_a_process(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    import psutil
+
+    folder = tmp_path / "run"
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "rstar", *evolve(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: finished(folder) or driver.poll() is not None, 120)
+    children = descendants(driver.pid)
+    assert len(children) >= 2, "no stage with a sandbox"
+    driver.send_signal(number)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == code, said
+    assert shlex.join(["rstar", *evolve(folder)]) in said and "Traceback" not in said
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in children), 10)
+    kept = finished(folder)
+    assert 0 < len(kept) < 20 and not (folder / "round_01" / "manifest.json").exists()
+    assert json.loads((folder / "round_00" / "manifest.json").read_text())["stages"].keys() == {"base", "eval"}
