@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", _train, "train one round's policy or PPM", "rstar train ppm configs/rstar_math/tiny.yaml --round 2",
         config=False,
     )  # fmt: skip
-    train.add_argument("what", choices=("policy", "ppm"))
+    train.add_argument("what", choices=("policy", "ppm", "verifier"))
     with_config(train)
     train.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
 

@@ -182,6 +182,7 @@ class OutcomeRow:
     tree_id: str
     node_ids: tuple[int, ...]
     prompt_segments: tuple[str, ...] = ()  # as in SftRow
+    weight: float = 1.0  # samples that were exactly this
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_right
+from collections import Counter
+from itertools import accumulate
+
 from rstar.extract.trajectories import trajectories
 from rstar.tree import Tree
 from rstar.types import OutcomeRow
 
 
-def outcome_rows(tree: Tree) -> list[OutcomeRow]:
-    """One row per graded answer path: label 1.0 where the final answer is correct, else 0.0."""
+def outcome_rows(tree: Tree, *, samples: int = 0) -> list[OutcomeRow]:
+    """One row per graded answer path: label 1.0 where the final answer is correct, else 0.0.
+
+    Its weight is the number of samples that ended there. With `samples`, only so many of the tree's, drawn at random
+    (smaller draws are parts of larger ones); those without an answer count too, and give no row.
+    """
+    found = trajectories(tree)
+    counts = [tree.nodes[trajectory.node_ids[-1]].multiplicity for trajectory in found]
+    if samples:
+        drawn = random.Random(tree.tree_id).sample(range(tree.rollouts_done), k=tree.rollouts_done)
+        ends = list(accumulate(counts))
+        kept = Counter(bisect_right(ends, sample) for sample in drawn[:samples])
+        counts = [kept[i] for i in range(len(found))]
     return [
         OutcomeRow(
             prompt="".join(tree.prompt),
@@ -19,6 +35,8 @@ def outcome_rows(tree: Tree) -> list[OutcomeRow]:
             tree_id=tree.tree_id,
             node_ids=trajectory.node_ids,
             prompt_segments=tree.prompt,
+            weight=float(count),
         )
-        for trajectory in trajectories(tree)
+        for trajectory, count in zip(found, counts, strict=True)
+        if count
     ]

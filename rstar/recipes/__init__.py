@@ -9,7 +9,7 @@ from typing import Any
 from rstar.config import load
 from rstar.types import UserError
 
-NAMES = ("rstar_math",)
+NAMES = ("rstar_math", "outcome_verifier")
 
 
 def recipe(name: str) -> ModuleType:
@@ -19,6 +19,10 @@ def recipe(name: str) -> ModuleType:
             from rstar.recipes import rstar_math
 
             return rstar_math
+        case "outcome_verifier":
+            from rstar.recipes import outcome_verifier
+
+            return outcome_verifier
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
     raise UserError(f"unknown recipe {name!r}", need=f"one of {', '.join(NAMES)}", how=f"the nearest is {near[0]}")
 

@@ -7,6 +7,7 @@ micro-batches or spread over processes therefore changes nothing but rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,9 @@ def by_tree(rows: Sequence[EncodedRow]) -> dict[str, list[EncodedRow]]:
 class MicroBatch:
     """One forward pass: a packed sequence of T tokens and the N terms of the loss.
 
-    Terms read `places` (P,), distinct places of the sequence. Policy: term i is target[i] after place which[i]. Scores:
-    term i is the score at which[i], minus the one at other[i] for a pair. Terms follow the order of `rows`.
+    Terms read `places` (P,), distinct places of the sequence. The first `token_terms` are a policy's: term i is
+    target[i] after place which[i]. The others are of scores, in the order of `rows`: term i is the score at which[i],
+    minus the one at other[i] for a pair. Only an outcome verifier's batch has both.
     """
 
     ids: Tensor  # (1, T)
@@ -73,6 +75,7 @@ class MicroBatch:
     weight: Tensor  # (N,) normalised over the optimizer batch
     label: Tensor  # (N,) outcomes, Q-values, or Q margins of pairs
     rows: tuple[str, ...]
+    token_terms: int
 
     @property
     def tokens(self) -> int:
@@ -87,68 +90,74 @@ class MicroBatch:
             self.attention.depth.to(device), self.attention.end.to(device), self.attention.blocks,
             self.attention.chains, flex=device.type == "cuda",
         )  # fmt: skip
-        return MicroBatch(**moved, attention=attention, rows=self.rows)
+        return MicroBatch(**moved, attention=attention, rows=self.rows, token_terms=self.token_terms)
 
 
 def build(
-    groups: Sequence[Sequence[EncodedRow]], total_weight: float, *, share: bool, multiple_of: int = 1
+    groups: Sequence[Sequence[EncodedRow]], totals: tuple[float, float], *, share: bool, multiple_of: int = 1
 ) -> MicroBatch:
     """Pack groups of rows; with `share`, the rows of a group share their prefixes.
 
-    `total_weight` is the optimizer batch's normaliser.
+    `totals` are the optimizer batch's normalisers, of token terms and of score terms.
     """
     rows = [row for group in groups for row in group]
     if share:
         packed = pack([[path for row in group for path in row.paths] for group in groups], multiple_of=multiple_of)
     else:
         packed = pack([[path] for row in rows for path in row.paths], multiple_of=multiple_of)
-    where = [places for tree in packed.where for places in tree]  # in the order of the rows' paths
-    policy = len(rows[0].trained) > 0
-    read, other, weight, label = _token_terms(rows, where, packed.ids) if policy else _score_terms(rows, where)
-    places, index = np.unique(read if policy else np.concatenate([read, other]), return_inverse=True)
+    found = (places for tree in packed.where for places in tree)  # in the order of the rows' paths
+    where = [(row, [next(found) for _ in row.paths]) for row in rows]
+    before, target, token_weight = _token_terms([pair for pair in where if len(pair[0].trained)], packed.ids)
+    read, rejected, score_weight, label = _score_terms([pair for pair in where if not len(pair[0].trained)])
+    terms = len(before) + len(read)
+    places, index = np.unique(np.concatenate([before, read, rejected]), return_inverse=True)
+    weight = np.concatenate([token_weight / totals[0], score_weight / totals[1]])
     return MicroBatch(
         ids=torch.from_numpy(packed.ids)[None],
         positions=torch.from_numpy(packed.depth)[None],
         attention=TreeAttention.of(packed, torch.device("cpu")),
         places=torch.from_numpy(places),
-        which=torch.from_numpy(index[: len(read)]),
-        other=torch.from_numpy(other if policy else index[len(read) :]),
-        weight=torch.from_numpy(weight / total_weight).float(),
-        label=torch.from_numpy(label).float(),
+        which=torch.from_numpy(index[:terms]),
+        other=torch.from_numpy(np.concatenate([target, index[terms:]])),
+        weight=torch.from_numpy(weight).float(),
+        label=torch.from_numpy(np.concatenate([np.zeros(len(before)), label])).float(),
         rows=tuple(row.name for row in rows),
+        token_terms=len(before),
     )
 
 
-Terms = tuple[Ids, Ids, Floats, Floats]
+Placed = Sequence[tuple[EncodedRow, Sequence[Ids]]]
+"""Rows and where the tokens of their paths stand in the packed sequence."""
 
 
-def _token_terms(rows: Sequence[EncodedRow], where: Sequence[Ids], ids: Ids) -> Terms:
-    """(place read, target id, weight, 0): a token counts once for each row through it that trains on it."""
+def _token_terms(where: Placed, ids: Ids) -> tuple[Ids, Ids, Floats]:
+    """(place read, target id, weight): a token counts once for each row through it that trains on it."""
     weight = np.zeros(len(ids))
     before = np.zeros(len(ids), dtype=np.int64)
-    for row, places in zip(rows, where, strict=True):
+    for row, (places,) in where:
         before[places[1:]] = places[:-1]
         weight[places[row.trained]] += row.weight
     targets = np.flatnonzero(weight)
-    return before[targets], ids[targets], weight[targets], np.zeros(len(targets))
+    return before[targets], ids[targets], weight[targets]
 
 
-def _score_terms(rows: Sequence[EncodedRow], where: Sequence[Ids]) -> Terms:
+def _score_terms(where: Placed) -> tuple[Ids, Ids, Floats, Floats]:
     """(place of the scored, or chosen, path's token, the rejected's last, weight, label)."""
-    found = iter(where)
-    paths = [[next(found) for _ in row.paths] for row in rows]
-    counts = [row.terms for row in rows]
+    if not where:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
+    counts = [row.terms for row, _ in where]
     return (
-        np.concatenate([own[0][row.scored] for row, own in zip(rows, paths, strict=True)]),
-        np.repeat([own[-1][-1] for own in paths], counts),
-        np.repeat([row.weight for row in rows], counts),
-        np.concatenate([row.labels for row in rows]),
+        np.concatenate([own[0][row.scored] for row, own in where]),
+        np.repeat([own[-1][-1] for _, own in where], counts),
+        np.repeat([row.weight for row, _ in where], counts),
+        np.concatenate([row.labels for row, _ in where]),
     )
 
 
-def normaliser(rows: Sequence[EncodedRow]) -> float:
-    """What an optimizer batch's weighted sum of losses is divided by: the sum of its terms' weights."""
-    return sum(row.weight * row.terms for row in rows)
+def normalisers(rows: Sequence[EncodedRow]) -> tuple[float, float]:
+    """What an optimizer batch's weighted sums of losses are divided by: the weights of its token and score terms."""
+    tokens = sum(row.weight * row.terms for row in rows if len(row.trained))
+    return tokens or 1.0, sum(row.weight * row.terms for row in rows if not len(row.trained)) or 1.0
 
 
 def micro_batches(
@@ -158,7 +167,7 @@ def micro_batches(
 
     A tree over the budget is cut where its paths diverge; only a row that is alone over the budget exceeds it.
     """
-    total = normaliser(rows) or 1.0
+    totals = normalisers(rows)
     tries: list[list[EncodedRow]] = []
     if tree_packing:
         for group in by_tree(rows).values():
@@ -171,14 +180,13 @@ def micro_batches(
     for item in sized:  # largest first to the process with the least
         min(shares, key=lambda share: sum(size for size, _ in share)).append(item)
     packed = [
-        [build(groups, total, share=tree_packing, multiple_of=multiple_of) for groups in _bins(share, budget)]
+        [build(groups, totals, share=tree_packing, multiple_of=multiple_of) for groups in _bins(share, budget)]
         for share in shares
     ]
     most = max(len(share) for share in packed)
     for share in packed:  # collectives need as many passes everywhere: fill with a row of no weight
-        share.extend(
-            build([[rows[0]]], float("inf"), share=True, multiple_of=multiple_of) for _ in range(most - len(share))
-        )
+        none = (math.inf, math.inf)
+        share.extend(build([[rows[0]]], none, share=True, multiple_of=multiple_of) for _ in range(most - len(share)))
     return packed
 
 

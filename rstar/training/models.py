@@ -81,6 +81,8 @@ def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Mo
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if section.frozen_layers:
         _freeze(model, section.frozen_layers)
+    if section.dropout:
+        _drop_residuals(model, section.dropout)
     if not section.lora_rank:
         return cast(nn.Module, model)
     if importlib.util.find_spec("peft") is None:
@@ -100,6 +102,22 @@ def _freeze(model: PreTrainedModel, count: int) -> None:
         raise UserError(f"frozen_layers={count}", need=f"at most the model's {len(layers)} layers")
     for module in (model.get_input_embeddings(), *layers[:count]):
         module.requires_grad_(False)
+
+
+def _drop_residuals(model: PreTrainedModel, share: float) -> None:
+    """Dropout, in training only, on what every attention and MLP block adds to the residual stream.
+
+    A token that several packed rows share is dropped alike in all of them.
+    """
+
+    def drop(block: nn.Module, _: Any, output: Any) -> Any:
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        first = nn.functional.dropout(first, share, block.training)
+        return (first, *rest) if isinstance(output, tuple) else first
+
+    for layer in model.base_model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            block.register_forward_hook(drop)
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -155,8 +173,16 @@ def save_model(
         model = cast(Any, model).merge_and_unload()
     plain = transformers_model(model)
     plain.config.use_cache = True
+    if state is not None:  # saving the shards themselves would wait for the other processes
+        with torch.device("meta"):
+            whole = type(plain)(plain.config)
+        whole.load_state_dict(state, assign=True)
+        whole.tie_weights()
+        if plain.can_generate():
+            whole.generation_config = plain.generation_config
+        plain = whole
     with complete_or_absent(folder) as temporary:
-        plain.save_pretrained(temporary, state_dict=state)
+        plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
