@@ -20,8 +20,8 @@ SHOWN_CHARS = 32  # a longer result is not written
 _TOKEN = re.compile(r"\s*(//|[-+*/()]|[0-9]+\.?[0-9]*|\.[0-9]+)")
 _NUMBER = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _PLAIN = re.compile(
-    rf"(?<![0-9.<])(?P<left>[-(]*{_NUMBER}\)*(?:\s*[-+*/]\s*\(*{_NUMBER}\)*)+)"
-    rf"\s*=\s*(?P<sign>[$€£]?)(?P<right>-?{_NUMBER})(?!\.?[0-9])"
+    rf"(?<![0-9.<])(?P<left>[-(]*[$€£]?{_NUMBER}\)*(?:\s*[-+*/]\s*\(*[$€£]?{_NUMBER}\)*)+)"
+    rf"\s*=\s*[$€£]?(?P<right>-?{_NUMBER})(?!\.?[0-9])"
 )
 
 
@@ -82,11 +82,10 @@ def annotate(text: str) -> str:
     """
 
     def insert(match: re.Match[str]) -> str:
-        left, right = match["left"], match["right"]
+        left, right = re.sub(r"[\s,$€£]", "", match["left"]), match["right"]
         if evaluate(left) is None or evaluate(left) != evaluate(right):
             return match[0]
-        bare = re.sub(r"[\s,]", "", left)
-        return match[0].removesuffix(right) + f"{OPEN}{bare}={right.replace(',', '')}{CLOSE}{right}"
+        return match[0].removesuffix(right) + f"{OPEN}{left}={right.replace(',', '')}{CLOSE}{right}"
 
     return "\n".join(line if OPEN in line else _PLAIN.sub(insert, line) for line in text.split("\n"))
 

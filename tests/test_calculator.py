@@ -76,6 +76,7 @@ def test_hostile_expressions_cost_nothing(text: str) -> None:
 def test_plain_calculations_are_annotated_and_everything_else_is_left_alone() -> None:
     assert annotate("He has 48 / 2 = 24 clips.") == "He has 48 / 2 = <<48/2=24>>24 clips."
     assert annotate("It costs 1,000*3 = $3,000.") == "It costs 1,000*3 = $<<1000*3=3000>>3,000."
+    assert annotate("now $1080 - $162 = $918") == "now $1080 - $162 = $<<1080-162=918>>918"
     assert annotate("5+(2*3)=11, 2 + 2 = 5") == "5+(2*3)=<<5+(2*3)=11>>11, 2 + 2 = 5"
     for text in ("x = 5", "48/2 = <<48/2=24>>24", "3 x 4 = 12", "1/3 = 0.33", "#### 72"):
         assert annotate(text) == text

@@ -74,7 +74,8 @@ class ValueLoss(LossModule):
     def head(self) -> ValueHead:
         """The head as it is now."""
         gain, bias = (
-            float(cast(Any, p).full_tensor() if hasattr(p, "full_tensor") else p.detach()) for p in (self.gain, self.bias)
+            float(cast(Any, p).full_tensor() if hasattr(p, "full_tensor") else p.detach())
+            for p in (self.gain, self.bias)
         )
         return ValueHead(self.token, gain, bias)
 
