@@ -196,10 +196,10 @@ def pair_metrics(module: ScoreLoss, rows: Sequence[EncodedRow], section: PpmSect
             on_device = batch.to(device)
             raw = module(on_device, scores_only=True).double().cpu().numpy()
             if section.loss == "pairwise":
-                differences.append(raw[batch.which] - raw[batch.other])
+                differences.append(raw[batch.which.numpy()] - raw[batch.other.numpy()])
                 weights.append(batch.weight.numpy())
             else:
-                scores.append(raw[batch.which])
+                scores.append(raw[batch.which.numpy()])
                 labels.append(batch.label.numpy())
         if scores:
             score, label = np.concatenate(scores), np.concatenate(labels)
