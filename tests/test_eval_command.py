@@ -293,6 +293,7 @@ def test_step_labelled_file_by_the_command(tmp_path: Path, capsys: pytest.Captur
     assert "first errors (scores below 0.00): F1 100.0, 100.0% of 1 wrong, 100.0% of 1 right" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "ppm_quality.json").read_text())
     assert found["solutions"] == 2 and [len(values) for values in found["scores"]] == [3, 3]
+    assert run([*made, "--limit", "1"]) == 0 and "of 0 wrong" in capsys.readouterr().out
     file.write_text(json.dumps(solutions[0] | {"label": 3}) + "\n")
     assert run(made) == 2 and f"{file}:1" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ def evaluate_models(models: Sequence[str], overrides: Sequence[str], options: ar
         if options.ppm_quality:
             if len(models) > 1:
                 raise UserError(f"--ppm-quality with {len(models)} models", need="one PPM")
-            return ppm_quality(models[0], Path(options.ppm_quality), settings, out)
+            return ppm_quality(models[0], Path(options.ppm_quality), settings, out, limit=options.limit)
         if not options.benchmarks:
             raise UserError("no benchmarks", need="--benchmarks gsm8k,math500,FILE.jsonl")
         try:

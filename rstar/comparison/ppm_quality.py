@@ -11,6 +11,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,8 @@ async def on_labelled(solutions: Sequence[Labelled], scorer: Scorer, wrap: Calla
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def ppm_quality(ppm: str, path: Path, settings: Settings, out: Path) -> str:
-    """Measure the PPM at `ppm` on a folder of graded trees or a file of step-labelled solutions.
+def ppm_quality(ppm: str, path: Path, settings: Settings, out: Path, *, limit: int = 0) -> str:
+    """Measure the PPM at `ppm` on a folder of graded trees or a file of step-labelled solutions (the first `limit`).
 
     Writes `out`/ppm_quality.json and returns the figures as text.
     """
@@ -208,13 +209,13 @@ def ppm_quality(ppm: str, path: Path, settings: Settings, out: Path) -> str:
     trees = path.is_dir()
     if trees and not index(path):
         raise UserError(f"{path} holds no trees", need="a folder with trees-*.jsonl.zst", how="e.g. runs/mine/round_01")
-    solutions = [] if trees else read_labelled(path)
+    solutions = [] if trees else read_labelled(path)[: limit or None]
 
     async def work() -> dict[str, Any]:
         scorer = build_scorer(settings.engine, folder)
         try:
             if trees:
-                return await on_trees(read_trees(path), scorer, ExtractSection())
+                return await on_trees(islice(read_trees(path), limit or None), scorer, ExtractSection())
             return await on_labelled(solutions, scorer, question_wrapper(folder, settings.model))
         finally:
             await scorer.close()
