@@ -25,6 +25,10 @@ SEARCH_EXAMPLES = """rstar search configs/rstar_math/quickstart.yaml --round 1
   rstar search configs/rstar_math/quickstart.yaml --round 4 --continue 64 --unsolved
   rstar search configs/rstar_math/quickstart.yaml --round 2 --seeds 1,2
   rstar search configs/rstar_math/quickstart.yaml --round 2 --rescore other/round_03/ppm"""
+TRAIN_EXAMPLES = """rstar train ppm configs/rstar_math/tiny.yaml --round 2
+  rstar train policy runs/mine/round_01/sft.jsonl --model smollm2 --out runs/policy sft.epochs=1 sft.batch_size=8
+  rstar train ppm runs/mine/round_01 --model runs/policy --out runs/ppm --config configs/rstar_math/quickstart.yaml"""
+
 EVAL_EXAMPLES = """rstar eval configs/rstar_math/quickstart.yaml --round 1
   rstar eval runs/mine/round_04/policy --ppm runs/mine/round_04/ppm --benchmarks gsm8k,math500,mine.jsonl \\
       --trajectories 1,4,16 --config configs/rstar_math/quickstart.yaml --out runs/eval
@@ -139,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--trajectories", default="1,4,16,64", help="numbers of samples or searches (%(default)s)")
     evaluation.add_argument("--ppm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
     evaluation.add_argument("--orm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
-    evaluation.add_argument("--limit", type=int, default=0, help="only the first N problems of each benchmark")
+    evaluation.add_argument(
+        "--limit", type=int, default=0, help="only the first N problems of each benchmark, or trees"
+    )
     evaluation.add_argument("--config", default="", help="a recipe's YAML file whose model, engine, ... settings hold")
     evaluation.add_argument("--out", default="runs/eval", help="folder of the results (default %(default)s)")
     evaluation.add_argument(
@@ -148,12 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluation.set_defaults(overrides=[])
     train = command(
-        "train", _train, "train one round's policy or PPM", "rstar train ppm configs/rstar_math/tiny.yaml --round 2",
-        config=False,
+        "train", _train, "train one round's policy or PPM (CONFIG.yaml --round N), or one from rows or trees",
+        TRAIN_EXAMPLES, config=False,
     )  # fmt: skip
     train.add_argument("what", choices=("policy", "ppm", "verifier"))
-    with_config(train)
-    train.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
+    train.add_argument("source", metavar="CONFIG.yaml|ROWS.jsonl|TREES", help="a round's config, or rows, or a folder")
+    train.add_argument("overrides", nargs="*", default=[], help="key=value settings", metavar="key=value")
+    train.add_argument("--round", type=int, default=1, dest="number", help="round of CONFIG.yaml (default 1)")
+    train.add_argument("--model", default="", help="of rows or trees: what is trained, a folder, hub id or smollm2")
+    train.add_argument("--out", default="", help="of rows or trees: folder of the checkpoint")
+    train.add_argument("--config", default="", help="of rows or trees: a YAML file whose sft, ppm and extract hold")
 
     show = command(
         "show",
@@ -346,8 +356,23 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    options.stages = (options.what,)
-    return _stage(options)
+    if options.source.endswith((".yaml", ".yml")):
+        options.config, options.stages = options.source, (options.what,)
+        return _stage(options)
+    if not (options.model and options.out) or options.what == "verifier":
+        raise UserError(f"rstar train {options.what} {options.source}", need="--model and --out, or a CONFIG.yaml")
+    from rstar.recipes import load_config, rstar_math
+    from rstar.recipes.training import train_from_files
+
+    overrides = [f"model.base={options.model}", *options.overrides]
+    if options.config:
+        config = load_config(options.config, overrides)[1]
+    else:
+        from rstar.config import load
+
+        config = load(rstar_math.Config, None, overrides)
+    print(train_from_files(options.what, Path(options.source), options.model, Path(options.out), config))
+    return 0
 
 
 def _load(options: argparse.Namespace) -> tuple[ModuleType, Any]:
