@@ -47,7 +47,11 @@ def page(found: Results, sample: Sample) -> str:
     script, style = _asset("report.js"), _asset("report.css")
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     body = [
-        _section("results", "Results", sections.table_html(main_table(found)) + sections.curves(found)),
+        _section(
+            "results",
+            "Results",
+            sections.table_html(main_table(found)) + sections.curves(found) + sections.recorded(found),
+        ),
         _section("heldout", "Held-out set", sections.heldout(found)),
         _section("training", "Training", sections.training(found)),
         _section("search", "Search", sections.outcomes(found)),

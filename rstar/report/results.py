@@ -18,7 +18,7 @@ from rstar.store import read_json
 from rstar.types import UserError
 
 NONE = "-"  # a figure that does not exist (yet)
-STAGES = ("base", "search", "extract", "policy", "ppm", "eval")
+STAGES = ("base", "search", "candidates", "extract", "policy", "ppm", "verifier", "eval")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class RoundResult:
 
     @property
     def guided(self) -> Measure | None:
-        """Held-out accuracy of the best-scored answer of a PPM-guided search."""
-        return self.measures.get("mcts", {}).get("accuracy")
+        """Held-out accuracy of the best-scored answer of a PPM-guided search, or among a verifier's completions."""
+        return self.measures.get("mcts", self.measures.get("verifier", {})).get("accuracy")
 
     @property
     def total_tokens(self) -> int | None:
@@ -93,6 +93,11 @@ class Results:
     warmup: bool
     settings: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # round -> stage -> the settings it read
     version: str = ""
+
+    @property
+    def verified(self) -> bool:
+        """Whether completions were ranked by an outcome verifier."""
+        return any("verifier" in one.stages for one in self.rounds)
 
     @property
     def levels(self) -> list[str]:
@@ -159,7 +164,7 @@ def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> Round
     def counts(stage: str) -> Mapping[str, Any]:
         return records[stage].counts if stage in records else {}
 
-    search, extract, ppm = counts("search"), counts("extract"), counts("ppm")
+    search, extract, ppm = counts("search"), counts("extract"), counts("ppm") or counts("verifier")
     evaluated = read_json(folder.eval_json)["methods"] if "eval" in records and folder.eval_json.exists() else {}
     tokens = {"search": int(search["tokens"])} if "tokens" in search else {}
     tokens |= {f"eval {method}": int(one["tokens"]) for method, one in evaluated.items()}
@@ -268,7 +273,7 @@ def main_table(results: Results) -> Table:
     return Table(
         "",
         ("", *["solved, %"] * len(levels), *["held-out accuracy, %"] * 2, "", "", ""),
-        ("round", *levels, "greedy", "PPM-guided", "trees", "tokens", "min"),
+        ("round", *levels, "greedy", "verifier" if results.verified else "PPM-guided", "trees", "tokens", "min"),
         tuple(rows),
         tuple(notes),
     )
@@ -289,7 +294,8 @@ def training_table(results: Results) -> Table:
             count(None if pair is None else pair.pairs),
         )
 
-    rows = [figures(one) for one in results.rounds if one.sft_rows is not None or one.policy]
+    scorer = "verifier" if results.verified else "PPM"
+    rows = [figures(one) for one in results.rounds if one.sft_rows is not None or one.policy or one.ppm]
     heldout = all(one.pairs_heldout for one in results.rounds if one.pairs_after)
     notes = (
         "loss: first step → mean of the last epoch",
@@ -301,8 +307,8 @@ def training_table(results: Results) -> Table:
             "",
             "policy",
             "policy",
-            "PPM",
-            "PPM",
+            scorer,
+            scorer,
             "held-out pairs" if heldout else "pairs",
             "held-out pairs" if heldout else "pairs",
         ),
@@ -312,15 +318,30 @@ def training_table(results: Results) -> Table:
     )
 
 
+def verifier_table(results: Results) -> Table:
+    """Fine-tuning alone beside what a verifier, a vote and an oracle choose; no rows where nothing was verified."""
+    rows = [
+        (results.label(one.number), method, name, measure(value))
+        for one in results.rounds
+        if results.verified
+        for method, by in one.measures.items()
+        for name, value in by.items()
+    ]
+    return Table("", ("",) * 4, ("round", "solutions", "chosen", "held-out accuracy, %"), tuple(rows))
+
+
 def results_table(results: Results) -> str:
     """The results and the training figures for a terminal: plain text, right-aligned columns."""
-    tables = [main_table(results), training_table(results)]
-    return "\n\n".join(_plain(table) for table in tables if table.rows)
+    return "\n\n".join(_plain(table) for table in _tables(results))
 
 
 def results_markdown(results: Results) -> str:
-    """The same two tables in Markdown."""
-    return "\n\n".join(_markdown(table) for table in (main_table(results), training_table(results)) if table.rows)
+    """The same tables in Markdown."""
+    return "\n\n".join(_markdown(table) for table in _tables(results))
+
+
+def _tables(results: Results) -> list[Table]:
+    return [table for table in (main_table(results), verifier_table(results), training_table(results)) if table.rows]
 
 
 def _plain(table: Table) -> str:

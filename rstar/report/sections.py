@@ -10,6 +10,7 @@ import orjson
 from rstar.report.charts import Point, Series, bar_chart, line_chart
 from rstar.report.results import NONE, Results, RoundResult, Table, count, in_order, measure, share, training_table
 from rstar.rounds import RoundDir
+from rstar.store import read_json
 
 LOSS_POINTS = 120  # of a loss curve
 
@@ -43,7 +44,8 @@ def curves(found: Results) -> str:
         return Series("all" if level == "all" else f"level {level}", tuple(points), strong=level == "all")
 
     ticks = [(float(one.number), str(one.number) if one.number else "base") for one in found.rounds]
-    heldout = {"greedy": ("greedy", "accuracy"), "PPM-guided": ("mcts", "accuracy")}
+    guided = {"verifier": ("verifier", "accuracy")} if found.verified else {"PPM-guided": ("mcts", "accuracy")}
+    heldout = {"greedy": ("greedy", "accuracy"), **guided}
     if (found.setting("eval", "trajectories") or 1) > 1:
         heldout["majority"] = ("mcts", "majority")
     return (
@@ -66,6 +68,23 @@ def curves(found: Results) -> str:
         )
         + "</div>"
     )
+
+
+def recorded(found: Results) -> str:
+    """The curves that a recipe has put into its rounds' eval.json: {title, x_name, series: {name: [[x, mean, low,
+    high]]}}, accuracies in [0, 1]."""
+    charts = []
+    for one in found.rounds:
+        path = RoundDir(found.run, one.number).eval_json
+        for curve in read_json(path).get("curves", ()) if "eval" in one.stages and path.exists() else ():
+            series = [
+                Series(name, tuple(Point(x, *(100 * value for value in values)) for x, *values in points))
+                for name, points in curve["series"].items()
+            ]
+            xs = sorted({point.x for line in series for point in line.points})
+            title = f"Round {one.number}: {curve['title']}"
+            charts.append(line_chart(title, series, [(x, f"{x:g}") for x in xs], x_name=curve["x_name"]))
+    return f"<div class=figures>{''.join(charts)}</div>" if charts else ""
 
 
 def _measured(rounds: Iterable[RoundResult], method: str, name: str) -> Iterable[Point]:
@@ -132,8 +151,8 @@ def training(found: Results) -> str:
             percent=False,
         ),
         line_chart(
-            "PPM loss over each round's training",
-            _losses(found, "ppm"),
+            f"{'Verifier' if found.verified else 'PPM'} loss over each round's training",
+            _losses(found, "verifier" if found.verified else "ppm"),
             _thirds(),
             x_name="share of the training",
             percent=False,
