@@ -179,6 +179,7 @@ class SearchSection:
 class ExtractSection:
     """Which rows are taken from the trees (rStar-Math section 3.4 and code)."""
 
+    merge_seeds: bool = True  # a problem's trees of several seeds are merged by prefix before rows are taken
     sft_top: int = 2  # correct trajectories kept per problem, by mean Q
     min_synthetic_accuracy: float = 0.5  # synthetic problems with a smaller share of correct answers give no SFT row
     positives: int = 2  # per prefix

@@ -11,9 +11,10 @@ from rstar.extract.outcomes import outcome_rows
 from rstar.extract.preferences import outcome_counts, preference_rows, sibling_pairs
 from rstar.extract.q_values import q_rows
 from rstar.extract.sft import accuracy, sft_rows
-from rstar.extract.trajectories import path_segments, ranked
+from rstar.extract.trajectories import path_segments, provenance, ranked
 from rstar.problems.records import SYNTHETIC
 from rstar.search.mcts import Mcts
+from rstar.search.tree_operations import merge
 from rstar.store import write_rows
 from rstar.tree import Node, Tree
 from rstar.types import Problem, TerminalReason, Trajectory
@@ -246,3 +247,39 @@ async def test_rows_of_a_tree_do_not_depend_on_the_prompt_it_was_searched_with()
     assert all(
         r.prompt.startswith("Other: q\n<code>\n") for r in [*preference_rows(other, min_margin=0), *q_rows(other)]
     )
+
+
+def two_starts(prompt: str, seed: int, index: int) -> str:
+    """Seed 0 begins with choices 0 and 1, seed 5 with 1 and 2; only choice 1 leads to the answer."""
+    text = branching(1, lambda made: made == [1])(prompt, seed, index)
+    return text if "<end_of_step>" in prompt or seed == 0 else text.replace(f"x1 = {index}", f"x1 = {index + 1}")
+
+
+async def test_deviation_D19_siblings_of_all_seeds_face_each_other_and_rows_say_where_they_are() -> None:
+    trees = []
+    for seed in (0, 5):
+        expander = grow(two_starts, seed=seed)
+        await Mcts(expander).search(4)
+        trees.append(expander.tree)
+    merged = merge(trees)
+    options = {"min_margin": 0.0, "min_edit_distance": 0, "answer_pairs": False}
+    alone = [(r.chosen, r.rejected) for tree in trees for r in preference_rows(tree, **options)]
+    rows = preference_rows(merged, **options)
+    assert len(alone) == 2 and {(r.chosen, r.rejected) for r in rows} == set(alone)
+    assert [r.tree_id for r in rows] == ["p#0", "p#5"] or [r.tree_id for r in rows] == ["p#5", "p#0"]
+    by_id = {tree.tree_id: tree for tree in trees}
+    for row in rows:
+        chosen, rejected = (by_id[row.tree_id].nodes[i] for i in row.node_ids)
+        assert row.chosen == chosen.text + "\n" and row.rejected == rejected.text + "\n"
+    (solution,) = sft_rows([merged])
+    path = [by_id[solution.tree_id].nodes[i] for i in solution.node_ids]
+    assert path == by_id[solution.tree_id].path(path[-1]) and path[-1].reward == 1
+    assert len(q_rows(merged)) == 3 and all(row.tree_id in by_id for row in [*q_rows(merged), *outcome_rows(merged)])
+
+
+def test_nodes_of_different_seeds_are_named_by_the_merged_tree() -> None:
+    tree = Tree("p#0+5", Problem("p", "q", "1"), ("q",))
+    for source in (["p#0", 4], ["p#5", 7]):
+        tree.add_child(tree.root, text="s", meta={"sources": [source]})
+    assert provenance(tree, [1]) == ("p#0", (4,)) and provenance(tree, [2]) == ("p#5", (7,))
+    assert provenance(tree, [1, 2]) == ("p#0+5", (1, 2))

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from itertools import accumulate
 
-from rstar.extract.trajectories import trajectories
+from rstar.extract.trajectories import provenance, trajectories
 from rstar.tree import Tree
 from rstar.types import OutcomeRow
 
@@ -25,18 +25,19 @@ def outcome_rows(tree: Tree, *, samples: int = 0) -> list[OutcomeRow]:
         ends = list(accumulate(counts))
         kept = Counter(bisect_right(ends, sample) for sample in drawn[:samples])
         counts = [kept[i] for i in range(len(found))]
-    return [
-        OutcomeRow(
-            prompt="".join(tree.prompt),
-            completion="".join(text for text, _ in trajectory.segments),
-            segments=trajectory.segments,
-            label=1.0 if trajectory.reward == 1.0 else 0.0,
-            problem_id=tree.problem.id,
-            tree_id=tree.tree_id,
-            node_ids=trajectory.node_ids,
-            prompt_segments=tree.prompt,
-            weight=float(count),
+    rows: list[OutcomeRow] = []
+    for trajectory in trajectories(tree):
+        source, node_ids = provenance(tree, trajectory.node_ids)
+        rows.append(
+            OutcomeRow(
+                prompt="".join(tree.prompt),
+                completion="".join(text for text, _ in trajectory.segments),
+                segments=trajectory.segments,
+                label=1.0 if trajectory.reward == 1.0 else 0.0,
+                problem_id=tree.problem.id,
+                tree_id=source,
+                node_ids=node_ids,
+                prompt_segments=tree.prompt,
+            )
         )
-        for trajectory, count in zip(found, counts, strict=True)
-        if count
-    ]
+    return rows

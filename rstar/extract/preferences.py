@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rapidfuzz.distance import Levenshtein
 
-from rstar.extract.trajectories import path_segments, ranked, trajectories
+from rstar.extract.trajectories import path_segments, provenance, ranked, trajectories
 from rstar.tree import Node, Tree
 from rstar.types import PreferenceRow, TerminalReason, Trajectory
 
@@ -56,10 +56,16 @@ def preference_rows(
     """
     counts = outcome_counts(tree)
     rows: list[PreferenceRow] = []
+    taken: set[tuple[int, int]] = set()
     for node in tree.nodes:
         if not (counts[node.id][0] and counts[node.id][1]):
             continue
-        pairs = sibling_pairs(tree.children(node), counts, positives=positives, negatives=negatives)
+        pairs = [
+            (chosen, rejected)
+            for chosen, rejected in sibling_pairs(tree.children(node), counts, positives=positives, negatives=negatives)
+            if chosen.q_value - rejected.q_value >= min_margin
+            and Levenshtein.distance(chosen.text, rejected.text) >= min_edit_distance
+        ]
         prefix = tree.prompt + tuple(text for text, _ in path_segments(tree, node))
         skip = len(prefix) - len(tree.prompt)
         found = [
@@ -73,18 +79,17 @@ def preference_rows(
                 ends=(chosen.id, rejected.id),
             )
             for chosen, rejected in pairs
-            if chosen.q_value - rejected.q_value >= min_margin
-            and Levenshtein.distance(chosen.text, rejected.text) >= min_edit_distance
         ]
         rows.extend(_weighted(found))
+        taken.update((chosen.id, rejected.id) for chosen, rejected in pairs)
     if answer_pairs:
-        rows.extend(_weighted(_answer_rows(tree, positives, negatives, {row.node_ids for row in rows})))
+        rows.extend(_weighted(_answer_rows(tree, positives, negatives, taken)))
     if max_pairs and len(rows) > max_pairs:
         rows = sorted(rows, key=lambda row: -row.q_margin)[:max_pairs]
     return rows
 
 
-def _answer_rows(tree: Tree, positives: int, negatives: int, taken: set[tuple[int, ...]]) -> list[PreferenceRow]:
+def _answer_rows(tree: Tree, positives: int, negatives: int, taken: set[tuple[int, int]]) -> list[PreferenceRow]:
     """Whole trajectories: highest mean Q among the correct x lowest among the wrong; the prefix need not be shared."""
     found = ranked(trajectories(tree))
     good = [t for t in found if t.reward == 1.0][:positives]
@@ -115,6 +120,7 @@ def _row(
     kind: str,
     ends: tuple[int, int],
 ) -> PreferenceRow:
+    source, node_ids = provenance(tree, ends)
     return PreferenceRow(
         prompt="".join(prompt),
         chosen="".join(chosen),
@@ -126,8 +132,8 @@ def _row(
         weight=1.0,
         kind=kind,
         problem_id=tree.problem.id,
-        tree_id=tree.tree_id,
-        node_ids=ends,
+        tree_id=source,
+        node_ids=node_ids,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rstar.extract.trajectories import provenance
 from rstar.prompts import segments
 from rstar.tree import Node, Tree
 from rstar.types import QValueRow, TerminalReason
@@ -28,6 +29,7 @@ def q_rows(tree: Tree) -> list[QValueRow]:
             texts.append(tuple(text for text, _ in segments(node.text, printed)))
         new = next(i for i, node in enumerate(path) if node.id not in covered)
         covered.update(node.id for node in path)
+        source, node_ids = provenance(tree, [node.id for node in path[new:]])
         prompt = tree.prompt + tuple(text for step in texts[:new] for text in step)
         rows.append(
             QValueRow(
@@ -36,8 +38,8 @@ def q_rows(tree: Tree) -> list[QValueRow]:
                 steps=tuple(texts[new:]),
                 q_values=tuple(node.q_value for node in path[new:]),
                 problem_id=tree.problem.id,
-                tree_id=tree.tree_id,
-                node_ids=tuple(node.id for node in path[new:]),
+                tree_id=source,
+                node_ids=node_ids,
                 prompt_segments=prompt,
             )
         )

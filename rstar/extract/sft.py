@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rstar.extract.trajectories import ranked, trajectories
+from rstar.extract.trajectories import provenance, ranked, trajectories
 from rstar.problems.records import SYNTHETIC
 from rstar.tree import Tree
 from rstar.types import SftRow
@@ -32,6 +32,7 @@ def sft_rows(trees: Sequence[Tree], *, top: int = 2, min_synthetic_accuracy: flo
             continue
         seen.add(completion)
         tree = by_id[trajectory.tree_id]
+        source, node_ids = provenance(tree, trajectory.node_ids)
         rows.append(
             SftRow(
                 prompt="".join(tree.prompt),
@@ -39,8 +40,8 @@ def sft_rows(trees: Sequence[Tree], *, top: int = 2, min_synthetic_accuracy: flo
                 segments=trajectory.segments,
                 prompt_segments=tree.prompt,
                 problem_id=tree.problem.id,
-                tree_id=tree.tree_id,
-                node_ids=trajectory.node_ids,
+                tree_id=source,
+                node_ids=node_ids,
             )
         )
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rstar.prompts import render
 from rstar.tree import Node, Tree
@@ -32,6 +32,19 @@ def trajectories(tree: Tree) -> list[Trajectory]:
             )
         )
     return found
+
+
+def provenance(tree: Tree, node_ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Where nodes come from, as rows name it: (tree id, node ids).
+
+    For a merged tree these are of the first source that has all of the nodes; where none has, they are of the merged
+    tree, which merging the sources in id order gives again.
+    """
+    sources = [dict(tree.nodes[i].meta.get("sources", ())) for i in node_ids]
+    shared = next((name for name in sources[0] if all(name in one for one in sources)), None)
+    if shared is None:
+        return tree.tree_id, tuple(node_ids)
+    return shared, tuple(one[shared] for one in sources)
 
 
 def ranked(found: Iterable[Trajectory]) -> list[Trajectory]:

@@ -41,6 +41,8 @@ D17 SFT rows that share a prefix count in full, a shared step once per row that 
     computed once: sft.tree_packing=false computes it for each row and gives the same loss).
 D18 synthetic answers agree when they are the same number or the same text but for spacing; P does not say how it
     compares the 10 solutions: problems.min_agreement=0 keeps the most frequent answer whatever its votes.
+D19 extraction reads the trees of several seeds as one, merged by prefix, so that siblings of all seeds face each other;
+    P does not say: extract.merge_seeds=false.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ from rstar.recipes.measuring import eval_passes, evaluate, problem_trees, tree_c
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest
 from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.search.tree_operations import merge
 from rstar.store import index, shards, write_json, write_rows
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
@@ -293,7 +296,7 @@ def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
         for trees in problem_trees(here.trees):
             if wrap is not None:
                 trees = [replace(tree, prompt=step_prompt(wrap(tree.problem.question)).segments) for tree in trees]
-            yield trees
+            yield [merge(trees)] if section.merge_seeds and len(trees) > 1 else trees
 
     def work() -> StageResult:
         top, accuracy = section.sft_top, section.min_synthetic_accuracy
