@@ -105,7 +105,7 @@ def test_dry_run_prints_four_rounds_without_model_network_or_data(
     }.items():
         assert all(word in rounds[number] for word in words), rounds[number]
     assert "747,000 training problems by problems.limit" in text and "500 held out" in text
-    assert text.count("search   to do") == text.count("ppm      to do") == 4 and "at most" in text
+    assert text.count("search     to do") == text.count("ppm        to do") == 4 and "at most" in text
 
 
 def test_cost_counts_rollouts_seeds_escalation_and_the_second_pass() -> None:
@@ -127,14 +127,14 @@ def test_plan_tells_done_from_to_do_and_estimates_from_what_was_measured(tmp_pat
     here.finish("search", settings=stage.settings, inputs=stage.inputs(), outputs=[], counts=counts, seconds=1)
     assert measured(RunDir(tmp_path), 2) == Rates(3.0, 20.0, 0.25, "as in round 1")
     text = plan(module, config)
-    assert "search   done" in text and "measured: 24,000 tokens in 300 engine calls" in text
+    assert "search     done" in text and "measured: 24,000 tokens in 300 engine calls" in text
     second = text.split("\nround 2")[1]
-    assert "search   to do" in second
+    assert "search     to do" in second
     assert (
         f"as in round 1: {20 * 6 * 3 * 4 * 20:,} tokens" in second
     )  # problems x rollouts x expansions x candidates x 20
     _, other = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", "rounds.r1.search.c=1"])
-    assert "search   refused" in plan(module, other) and "search.c: 2.0 -> 1.0" in plan(module, other)
+    assert "search     refused" in plan(module, other) and "search.c: 2.0 -> 1.0" in plan(module, other)
 
 
 def test_problem_counts_of_sources_that_are_not_there(tmp_path: Path) -> None:

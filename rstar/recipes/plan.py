@@ -37,25 +37,32 @@ class Cost:
 
 
 def plan(module: ModuleType, config: Any) -> str:
-    """The plan of all rounds as text. Needs no GPU, model or network; writes nothing."""
+    """The plan of all rounds as text. Needs no GPU, model or network; writes nothing.
+
+    Of recipes other than rStar-Math it lists the stages and their state, without costs.
+    """
     run: RunDir = module.run_dir(config)
     train, heldout, note = problem_counts(config.problems)
     lines = [f"{run.path}: {note}; {count(heldout)} held out"]
-    total, rates = 0.0, None
+    total = 0.0
+    rates: Rates | None = None
     for number in range(config.run.rounds + 1):
         settings = for_round(config, number)
-        rates = measured(run, number) or (rates if rates and "round" in rates.source else at_most(settings.search))
         lines += ["", f"round {number}" if number else f"round 0: the base model, {settings.model.base}"]
         for stage in module.stages(config, number):
             texts = [""]
-            if isinstance(config, rstar_math.Config):
-                texts, tokens = _details(settings, run, stage, train, heldout, rates)
+            if isinstance(settings, rstar_math.Config):
+                known = rates if rates and rates.source != "at most" else at_most(settings.search)
+                rates = measured(run, number) or known
+                texts, tokens = _details(settings, stage, train, heldout, rates)
                 total += tokens
             word, _, why = state(stage).partition(": ")
             first, *more = [why, *texts] if why else texts
-            lines.append(f"  {stage.name:<8} {word:<7}  {first}".rstrip())
-            lines += [f"  {'':<16}  {text}" for text in more]
-    return "\n".join([*lines, "", f"generated in all: {count(round(total))} tokens", *assumptions(config)])
+            lines.append(f"  {stage.name:<10} {word:<7}  {first}".rstrip())
+            lines += [f"  {'':<18}  {text}" for text in more]
+    if rates is not None:
+        lines += ["", f"generated in all: {count(round(total))} tokens", *assumptions(config)]
+    return "\n".join(lines)
 
 
 def state(stage: Stage) -> str:
@@ -132,7 +139,7 @@ def search_cost(search: SearchSection, problems: int, rates: Rates) -> Cost:
 
 
 def _details(
-    config: rstar_math.Config, run: RunDir, stage: Stage, train: int, heldout: int, rates: Rates
+    config: rstar_math.Config, stage: Stage, train: int, heldout: int, rates: Rates
 ) -> tuple[list[str], float]:
     """Lines about one stage, and the tokens it generates."""
     number, search, record = stage.round.number, config.search, stage.round.record(stage.name)
