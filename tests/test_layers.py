@@ -14,7 +14,7 @@ LAYERS = {
     "types": 0, "config": 0, "__init__": 0, "calculator": 0,
     "tree": 1, "prompts": 1, "problems": 1, "sandbox": 1,
     "tokens": 2, "store": 2, "grading": 2,
-    "engines": 3, "warmup": 3,
+    "engines": 3, "warmup": 3, "ray_training": 3,
     "search": 4, "extract": 4, "training": 4,
     "evaluation": 5, "rounds": 5,
     "cluster": 6, "stopping": 6, "report": 6,
@@ -24,7 +24,7 @@ LAYERS = {
 }  # fmt: skip
 ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},
-    "ray": {"cluster.py"},
+    "ray": {"cluster.py", "ray_training.py"},
     "torch": {"engines", "training"},
     "transformers": {"engines", "training", "tokens.py"},
 }

@@ -239,11 +239,15 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "ray"])
+def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path, way: str) -> None:
     """A batch of 8 rows is eight passes of a row each over two processes, or one packed pass: equal losses, weights."""
     rows = sft_rows(trees=6, weights=True)
     one = dataclasses.replace(QUICK, batch_size=8, micro_batch_tokens=4096)
-    two = dataclasses.replace(one, micro_batch_tokens=1, tree_packing=False, processes=2)
+    two = dataclasses.replace(
+        one, micro_batch_tokens=1, tree_packing=False, processes=2, fsdp=way == "fsdp", save_steps=4,
+        launcher="ray" if way == "ray" else "torchrun",
+    )  # fmt: skip
     train_policy(rows, str(tiny_model), tmp_path / "one", one, seed=0)
     seen: list[TrainProgress] = []
     result = train_policy(rows, str(tiny_model), tmp_path / "two", two, seed=0, on_progress=seen.append)
@@ -253,9 +257,11 @@ def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
     for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict().items():
         torch.testing.assert_close(value, expected[key], atol=2e-4, rtol=1e-3)
+    assert not list(tmp_path.glob(".*"))  # nothing temporary is left
 
 
 def test_a_mistake_in_a_process_is_told_as_one(tmp_path: Path) -> None:
+    two = dataclasses.replace(QUICK, processes=2)
     with pytest.raises(UserError, match="a mistake") as caught:
-        in_processes(2, make_a_mistake, metrics=tmp_path / "none", on_progress=lambda progress: None)
+        in_processes(two, make_a_mistake, metrics=tmp_path / "none", on_progress=lambda progress: None)
     assert (caught.value.need, caught.value.how) == ("none", "mend it")

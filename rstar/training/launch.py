@@ -1,7 +1,7 @@
-"""A training in several processes of this node, through torchrun; what `processes` of a training section does.
+"""A training in several processes, through torchrun on this node or Ray Train on a cluster's.
 
-The call travels as a pickle, the result comes back as one; progress is read from the run's metrics file. On clusters
-torchrun or Ray Train starts the processes, and each simply calls the training function.
+The call travels as a pickle, the result comes back as one; progress is read from the run's metrics file. A training
+function that was started by torchrun itself (several nodes) finds its processes there and starts none.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
+from rstar.config import TrainSection
 from rstar.types import TrainProgress, UserError
 
 R = TypeVar("R")
@@ -28,39 +30,62 @@ SHOWN_LOG_CHARS = 4000
 PR_SET_PDEATHSIG = 1
 
 
-def must_launch(processes: int) -> bool:
+def must_launch(section: TrainSection) -> bool:
     """Whether to start processes: several are asked for and this is not one of them."""
-    return processes > 1 and "WORLD_SIZE" not in os.environ
+    if section.launcher not in ("torchrun", "ray"):
+        raise UserError(f"launcher {section.launcher!r}", need="torchrun or ray")
+    return section.processes > 1 and "WORLD_SIZE" not in os.environ
 
 
 def in_processes(
-    count: int, call: Callable[[], R], *, metrics: Path, on_progress: Callable[[TrainProgress], None]
+    section: TrainSection, call: Callable[[], R], *, metrics: Path, on_progress: Callable[[TrainProgress], None]
 ) -> R:
-    """Run `call` in `count` processes that find each other, and return what the first one returned.
+    """Run `call` in the section's processes, which find each other, and return what the first one returned.
 
     `call` must be picklable. A UserError of any process is raised here; other failures raise RuntimeError with the end
     of the processes' log. The processes end with this one.
     """
-    with tempfile.TemporaryDirectory(prefix="rstar-processes-") as name:
-        folder = Path(name)
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".processes-", dir=metrics.parent) as name:  # where all nodes see it
+        folder = Path(name).resolve()
         (folder / "call").write_bytes(pickle.dumps(call))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(count))}
-        with (folder / "log").open("wb") as log:
-            processes = subprocess.Popen(
-                [*command, "-m", __name__, name], stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
-            )
-            try:
-                _follow(processes, metrics, on_progress)
-            finally:
-                processes.terminate()  # torchrun hands it on; nothing happens where it has ended
-                processes.wait()
+        ended = threading.Event()
+        following = threading.Thread(target=_follow, args=(ended, metrics, on_progress))
+        following.start()
+        failure = ""
+        try:
+            if section.launcher == "ray":
+                from rstar.ray_training import in_ray_train
+
+                in_ray_train(section.processes, partial(run_process, folder), folder)
+            else:
+                failure = _torchrun(section.processes, folder)
+        except RuntimeError as error:
+            failure = str(error)
+        finally:
+            ended.set()
+            following.join()
         for path in sorted(folder.glob("mistake-*")):
             raise UserError(**json.loads(path.read_text()))
         if not (folder / "result").is_file():
-            text = (folder / "log").read_text(errors="replace")
-            raise RuntimeError(f"training processes failed with {processes.returncode}:\n{text[-SHOWN_LOG_CHARS:]}")
+            raise RuntimeError(f"training processes failed: {failure[-SHOWN_LOG_CHARS:]}")
         return cast(R, pickle.loads((folder / "result").read_bytes()))
+
+
+def _torchrun(count: int, folder: Path) -> str:
+    """Run the call of `folder` in `count` processes of this node; returns their log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(count))}
+    with (folder / "log").open("wb") as log:
+        processes = subprocess.Popen(
+            [*command, "-m", __name__, str(folder)], stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+        )
+        try:
+            processes.wait()
+        finally:
+            processes.terminate()  # torchrun hands it on; nothing happens where it has ended
+            processes.wait()
+    return (folder / "log").read_text(errors="replace")
 
 
 def _threads(count: int) -> str:
@@ -73,19 +98,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _follow(processes: subprocess.Popen[bytes], metrics: Path, on_progress: Callable[[TrainProgress], None]) -> None:
-    """Report the last line of the metrics file whenever it is a new one, until the processes end."""
+def _follow(ended: threading.Event, metrics: Path, on_progress: Callable[[TrainProgress], None]) -> None:
+    """Report the last line of the metrics file whenever it is a new one, until the processes have ended."""
     before = shown = _last_line(metrics)
-    while True:
-        ended = processes.poll() is not None
+    last = False
+    while not last:
+        last = ended.wait(POLL_SECONDS)
         line = _last_line(metrics)
-        if line not in (before, shown):
+        if line and line not in (before, shown):  # empty: the run has begun its file anew
             shown, found = line, json.loads(line)
             names = ("step", "steps", "loss", "tokens", "seconds")
             on_progress(TrainProgress(**{key: found[key] for key in names}))
-        if ended:
-            return
-        time.sleep(POLL_SECONDS)
 
 
 def _last_line(metrics: Path) -> str:
@@ -93,19 +116,18 @@ def _last_line(metrics: Path) -> str:
     return text[: text.rfind("\n") + 1].rpartition("\n")[0].rpartition("\n")[2]  # a line is whole with its line break
 
 
-def main() -> None:
-    """One of the processes."""
-    folder = Path(sys.argv[1])
-    call = pickle.loads((folder / "call").read_bytes())
+def run_process(folder: Path) -> None:
+    """One of the processes: make the call of `folder`, leave its result or its mistake there."""
+    rank = os.environ["RANK"]
     try:
-        result = call()
+        result = pickle.loads((folder / "call").read_bytes())()
     except UserError as error:
         told = {"got": error.got, "need": error.need, "how": error.how}
-        (folder / f"mistake-{os.environ['RANK']}").write_text(json.dumps(told))
+        (folder / f"mistake-{rank}").write_text(json.dumps(told))
         raise
-    if os.environ["RANK"] == "0":
+    if rank == "0":
         (folder / "result").write_bytes(pickle.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    run_process(Path(sys.argv[1]))

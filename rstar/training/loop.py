@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -141,8 +144,11 @@ def _arguments(loss_module: LossModule, section: TrainSection, checkpoints: Path
     if section.schedule not in schedules:
         raise UserError(f"train.schedule {section.schedule!r}", need=", ".join(schedules))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp = torch.cuda.is_available() and not section.lora_rank if section.fsdp is None else section.fsdp
+    if fsdp and section.lora_rank:
+        raise UserError("fsdp=true with lora_rank", need="one of them", how="adapters are small: fsdp=false")
     sharded: dict[str, Any] = {}
-    if processes > 1 and torch.cuda.is_available() and not section.lora_rank:  # adapters are small: DDP does
+    if processes > 1 and fsdp:
         layers = list(transformers_model(loss_module.model)._no_split_modules or [])
         sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers}}
     args = TrainingArguments(
@@ -262,6 +268,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._step_began = 0.0
         self._step_tokens = 0
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.args.use_cpu:  # accelerate has no FSDP on CPU, torch has
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     def get_train_dataloader(self) -> DataLoader[list[MicroBatch]]:
         """In order, unsharded: the data set itself gives each process its share."""
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=itemgetter(0))
@@ -315,11 +329,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return 0  # the Trainer's estimate needs padded inputs
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """The transformers model's weights gathered from all shards; None where every process has them whole."""
+        """The model's weights gathered from all shards by the first process; None where each has them whole."""
         if not self.is_fsdp_enabled:
             return None
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        return {name.removeprefix("model."): value for name, value in state.items()}
+        whole = {}
+        for name, value in self.model.state_dict().items():
+            gathered = value.full_tensor() if isinstance(value, DTensor) else value  # every process takes part
+            if self.args.process_index == 0:
+                whole[name.removeprefix("model.")] = gathered.cpu()
+        return whole
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights of a checkpoint to resume from; torch's format keeps tied weights and adapters as they are."""

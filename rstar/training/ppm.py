@@ -136,9 +136,9 @@ def train_ppm(
     row_kind(section.loss)
     if not rows:
         raise nothing_to_train("pairs" if section.loss == "pairwise" else "labelled solutions")
-    if must_launch(section.processes):
+    if must_launch(section):
         call = partial(train_ppm, rows, body, output, section, seed=seed)
-        return in_processes(section.processes, call, metrics=metrics_path(output), on_progress=on_progress)
+        return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(body)
     encoded = encoded_rows(rows, section.loss, SegmentEncoder(tokenizer), section.max_length)
     heldout = held_out_problems([row.problem_id for row in encoded], section.heldout, seed)

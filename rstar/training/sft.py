@@ -45,9 +45,9 @@ def train_policy(
     """
     if not rows:
         raise nothing_to_train("solutions")
-    if must_launch(section.processes):
+    if must_launch(section):
         call = partial(train_policy, rows, base, output, section, seed=seed)
-        return in_processes(section.processes, call, metrics=metrics_path(output), on_progress=on_progress)
+        return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, encode_sft, SegmentEncoder(tokenizer), section.max_length)
     loaded = load_policy(base, section, tokenizer)

@@ -110,9 +110,9 @@ def train_verifier(
         raise UserError(f"verifier.level={section.level}", need="token or solution")
     if not outcomes:
         raise nothing_to_train("labelled solutions")
-    if must_launch(section.processes):
+    if must_launch(section):
         call = partial(train_verifier, outcomes, references, body, output, section, seed=seed)
-        return in_processes(section.processes, call, metrics=metrics_path(output), on_progress=on_progress)
+        return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(body)
     rows = verifier_rows(outcomes, references if section.lm_weight else (), SegmentEncoder(tokenizer), section)
     torch.manual_seed(seed)
