@@ -4,6 +4,7 @@ And the recipe's stages that need no training: base, search with bootstrap and s
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -313,3 +314,8 @@ def test_the_loss_of_the_ppm_says_which_rows_are_extracted(
     assert {"sft.jsonl", "pairs.jsonl", f"{file}.jsonl"} == set(record.outputs)
     path, kind = ppm_rows(here, loss)
     assert path.stem == file and len(read_rows(path, kind)) == record.counts[file]
+    shutil.copytree(tiny_model, here.policy)
+    here.finish("policy", settings={}, inputs={}, outputs=[here.policy], counts={}, seconds=0)
+    trained = execute(config, 1, "ppm").record("ppm")
+    assert trained is not None and trained.counts["rows"] == record.counts[file]
+    assert (here.ppm / "model.safetensors").exists()
