@@ -15,15 +15,16 @@ import signal
 import socket
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 from rstar.config import ClusterSection
 from rstar.engines.base import EngineError
 from rstar.search.collect import ProblemSummary, SearchJob, SearchWorker, WorkItem, collect
-from rstar.store import shards, sync_path
+from rstar.store import index, read_head, shards, sync_path
 from rstar.types import UserError
 
 ADDRESS_VARIABLE = "RSTAR_RAY_ADDRESS"
@@ -80,9 +81,19 @@ def search_all(
             sync_path(path)
 
 
+def dear_first(items: Sequence[WorkItem], folder: Path) -> list[WorkItem]:
+    """`items` by what their problems cost in the trees of `folder` (the round before's), in generated tokens, so that
+    the end of a search does not wait for a long one that began last. Problems without a tree there cost the mean."""
+    tokens: Counter[str] = Counter()
+    for ref in index(folder).values():
+        tokens[ref.tree_id.rpartition("#")[0]] += read_head(ref)["tokens"]
+    mean = tokens.total() / max(1, len(tokens))
+    return sorted(items, key=lambda item: -tokens.get(item.problem.id, mean))
+
+
 def in_flight(job: SearchJob) -> int:
     """Problems that a worker of `job` searches at once."""
-    return max(one.search.trees_in_flight for one in job.passes)
+    return max((one.search.trees_in_flight for one in job.passes), default=1)
 
 
 async def _inline(

@@ -15,6 +15,7 @@ all shards are synced before a stage's record is written. What was lost is searc
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 import time
@@ -105,6 +106,16 @@ def read_frame(ref: FrameRef) -> Tree:
             need="whole frames",
             how="restore the file, or remove this stage's folder to search these problems again",
         ) from error
+
+
+def read_head(ref: FrameRef) -> dict[str, Any]:
+    """First line of a tree: the tree without its nodes, which are not decompressed."""
+    with ref.path.open("rb") as file:
+        file.seek(ref.offset)
+        data = file.read(ref.length)
+    with io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(data)) as lines:
+        head: dict[str, Any] = orjson.loads(lines.readline())
+    return head
 
 
 class TreeWriter:

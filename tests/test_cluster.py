@@ -9,15 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rstar.cluster import PASSIVE_WAIT, search_all
+from rstar.cluster import PASSIVE_WAIT, Leases, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, collect, unfinished
 from rstar.store import index, read_trees
-from rstar.types import Problem
+from rstar.types import Problem, UserError
 
 PROBLEMS = [
     Problem(id=f"sum-{i:02d}", question=f"What is {i} + {i + 3} + 4?", answer=str(2 * i + 7), level="1")
@@ -156,6 +157,69 @@ def test_killed_ray_worker_loses_only_its_problems_in_flight(tmp_path: Path, ray
     assert sorted(s.problem_id for s in done) == [p.id for p in PROBLEMS]
     assert [tree.problem.id for tree in read_trees(tmp_path)] == [p.id for p in PROBLEMS]
     assert len({s.worker for s in done}) == 2, "the worker was not started again"
+
+
+def taken(leases: Leases, room: int, holds: int = 0) -> list[str]:
+    return [item.problem.id for item in asyncio.run(leases.take(room, holds=holds))]
+
+
+def test_leases_are_read_as_they_are_taken_and_shared_fairly() -> None:
+    read: list[str] = []
+
+    def stream() -> Iterator[WorkItem]:
+        for item in items([Problem(id=str(i), question="", answer="") for i in range(100)]):
+            read.append(item.problem.id)
+            yield item
+
+    leases = Leases(stream(), workers=2, in_flight=3)
+    assert taken(leases, 2) == ["0", "1"] and len(read) <= 8, "problems are read long before they are searched"
+    assert leases.places == 3
+    assert Leases(items(PROBLEMS), workers=4, in_flight=32).places == 3, "one worker takes what four could share"
+    assert Leases(iter(()), workers=4, in_flight=32).finished.is_set()
+
+
+def test_lost_problems_are_leased_again_and_the_end_waits_for_them() -> None:
+    async def scene() -> None:
+        leases = Leases(items(PROBLEMS[:2]), workers=2, in_flight=4)
+        lost = await leases.take(2, holds=0)
+        idle = asyncio.create_task(leases.take(2, holds=0))
+        await asyncio.sleep(0)
+        assert not idle.done() and not leases.finished.is_set(), "an idle worker left before all was done"
+        assert await leases.take(2, holds=1) == [], "a busy worker must not wait for others"
+        leases.back(lost)
+        again = await idle
+        assert sorted(item.problem.id for item in again) == ["sum-00", "sum-01"]
+        end = asyncio.create_task(leases.take(1, holds=0))
+        leases.done(2)
+        assert await end == [] and leases.finished.is_set()
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+def test_problems_that_were_dear_a_round_ago_go_first(inline: Path) -> None:
+    cost = {tree.problem.id: tree.tokens for tree in read_trees(inline)}
+    new = Problem(id="new", question="", answer="")
+    order = [item.problem.id for item in dear_first(items([new, *PROBLEMS]), inline)]
+    known = [cost[name] for name in order if name != "new"]
+    assert known == sorted(known, reverse=True) and len(set(known)) > 1
+    mean = sum(known) / len(known)
+    assert all(cost[name] >= mean for name in order[: order.index("new")])
+    assert dear_first(items(), inline / "nothing") == items()
+
+
+def test_problem_that_kills_every_worker_stops_the_search(tmp_path: Path, ray_address: object) -> None:
+    with pytest.raises(UserError, match="2 search workers died over the same problems"):
+        section = ClusterSection(address="local", workers=1, max_failures=1)
+        search_all(job(tmp_path), items(PROBLEMS[:2]), section, lambda s: None, make_worker=DyingWorker)
+
+
+class DyingWorker(SearchWorker):
+    """A worker that a problem kills, as one would that runs out of memory."""
+
+    async def start(self) -> None: ...
+
+    async def search_problem(self, item: WorkItem) -> ProblemSummary:
+        os._exit(1)
 
 
 def test_cluster_that_is_not_there_is_a_user_error() -> None:

@@ -160,11 +160,15 @@ def test_ray_submission_stops_at_the_round_that_failed(fakes: dict[str, str]) ->
 # -- the real driver ---------------------------------------------------------------------------------------------------
 
 
-def evolve(folder: Path) -> list[str]:
-    """Round 0 and a slow search of round 1 without a model: the simulated engine takes half a minute for it."""
-    settings = ["cluster=inline", "engine=simulated", "warmup.enabled=false", "model.step_tokens=false"]
-    settings += ["engine.tokens_per_second=600", "search.trees_in_flight=2", "eval.methods=[greedy]", "run.rounds=1"]
-    return ["evolve", "configs/rstar_math/tiny.yaml", *settings, f"run.dir={folder}"]
+def evolve(folder: Path, *more: str) -> list[str]:
+    """A run without a model, whose search takes half a minute: the driver, its stages and their children are real."""
+    problems = folder.parent / "problems.jsonl"
+    sums = [{"question": f"What is {i} + {i + 3} + 4?", "answer": str(2 * i + 7)} for i in range(20)]
+    problems.write_text("".join(json.dumps(one) + "\n" for one in sums))
+    settings = [f"run.dir={folder}", "run.rounds=1", "model=none", "model.step_tokens=false", "cluster=inline"]
+    settings += ["problems=file", f"problems.path={problems}", "problems.heldout=0", "warmup.enabled=false"]
+    settings += ["engine=simulated", "engine.tokens_per_second=600", "search.trees_in_flight=2", "eval.methods=[]"]
+    return ["evolve", "configs/rstar_math/tiny.yaml", *settings, *more]
 
 
 def descendants(pid: int) -> set[int]:
@@ -192,6 +196,7 @@ def test_driver_stops_at_a_safe_point_without_leaving_a_process(
         text=True,
     )
     wait_for(lambda: finished(folder) or driver.poll() is not None, 120)
+    assert driver.poll() is None, driver.communicate()
     children = descendants(driver.pid)
     assert len(children) >= 2, "no stage with a sandbox"
     driver.send_signal(number)

@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import search_all
+from rstar.cluster import dear_first, search_all
 from rstar.config import (
     BootstrapSection,
     ClusterSection,
@@ -235,7 +235,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
         )
 
         def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
-            todo = unfinished(problems, job, 0)
+            todo = dear_first(unfinished(problems, job, 0), before.trees)
             total = len(problems)
             with SearchProgress(f"round {number} {name}", total=total, already=total - len(todo)) as progress:
                 search_all(job, todo, config.cluster, progress)

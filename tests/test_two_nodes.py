@@ -1,0 +1,137 @@
+"""Two Ray nodes on this machine: a search of the quickstart's size, a node that dies, and what is left at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rstar.cluster import PASSIVE_WAIT, search_all
+from rstar.config import ClusterSection
+from rstar.search.collect import ProblemSummary, SearchJob
+from rstar.store import index, shards
+from tests.benchmarks.scale import UnexecutedWorker, problems, search_job
+from tests.test_cluster import items
+from tests.test_launchers import evolve
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = list(problems(56))
+NODES = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
+
+
+def job(folder: Path, seconds: float = 0.0) -> SearchJob:
+    """Problems that take about so long each, 16 at once in a worker."""
+    from dataclasses import replace
+
+    found = search_job(folder)
+    (one,) = found.passes
+    speed = 10_000.0 / seconds if seconds else 0.0  # a problem has about 250 tokens; 16 of them share the engine
+    return replace(
+        found,
+        passes=(replace(one, search=replace(one.search, trees_in_flight=16)),),
+        engine=replace(found.engine, tokens_per_second=speed),
+    )
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[object]:
+    """A head and another node; this process is connected to the head."""
+    import ray
+
+    for key, value in PASSIVE_WAIT.items():
+        os.environ.setdefault(key, value)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODES, "include_dashboard": False})
+    cluster.other = cluster.add_node(**NODES)
+    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def complete(folder: Path) -> list[str]:
+    return [ref.tree_id.partition("#")[0] for ref in index(folder).values() if ref.complete]
+
+
+def test_workers_on_two_nodes_share_a_whole_search(tmp_path: Path, two_nodes: object) -> None:
+    done: list[ProblemSummary] = []
+    section = ClusterSection(address=two_nodes.address, workers=2)  # type: ignore[attr-defined]
+    search_all(job(tmp_path, 0.5), items(QUICKSTART), section, done.append, make_worker=UnexecutedWorker)
+    assert sorted(s.problem_id for s in done) == complete(tmp_path) == [p.id for p in QUICKSTART]
+    assert len(shards(tmp_path)) == 2 and len({s.worker for s in done}) == 2
+    assert len(two_nodes.list_all_nodes()) == 2  # type: ignore[attr-defined]
+
+
+def test_search_is_complete_though_a_node_dies_in_its_middle(tmp_path: Path, two_nodes: object) -> None:
+    done: list[ProblemSummary] = []
+
+    def kill_other_node() -> None:
+        while len({s.worker for s in done}) < 2:
+            time.sleep(0.05)
+        two_nodes.remove_node(two_nodes.other, allow_graceful=False)  # type: ignore[attr-defined]
+
+    killer = threading.Thread(target=kill_other_node)
+    killer.start()
+    section = ClusterSection(address=two_nodes.address, workers=2)  # type: ignore[attr-defined]
+    search_all(job(tmp_path, 2.0), items(QUICKSTART), section, done.append, make_worker=UnexecutedWorker)
+    killer.join()
+    assert sorted(s.problem_id for s in done) == complete(tmp_path) == [p.id for p in QUICKSTART]
+    assert len(done) == 56, "a problem was counted twice"
+
+
+def processes(marker: str) -> dict[int, str]:
+    """Processes of this machine that carry `marker` in their environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
+        except OSError:
+            continue  # ended meanwhile
+    return found
+
+
+def children_of(pids: set[int]) -> set[int]:
+    """All descendants; sandbox zygotes have an empty environment and are found this way only."""
+    import psutil
+
+    return {child.pid for pid in pids if psutil.pid_exists(pid) for child in psutil.Process(pid).children(True)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_when_the_driver_dies(number: signal.Signals, tmp_path: Path) -> None:
+    """A driver with a Ray of its own, its stage, a worker and a sandbox: gone within 10 s, and the trees are whole."""
+    folder, marker = tmp_path / "run", f"RSTAR_TEST_MARK={tmp_path}"
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "rstar", *evolve(folder, "cluster=local", "cluster.cpus_per_worker=0.5")],
+        cwd=ROOT,
+        env={**os.environ, "RSTAR_TEST_MARK": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 180
+    while not complete(folder / "round_01"):
+        assert driver.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    marked = processes(marker)
+    everything = set(marked) | children_of(set(marked))
+    names = " ".join(marked.values())
+    assert "raylet" in names and "Worker" in names and len(everything) > len(marked), names
+    driver.send_signal(number)
+    driver.wait(timeout=60)
+    end = time.monotonic() + 10
+    while left := {pid: marked.get(pid, "a child") for pid in everything if Path(f"/proc/{pid}").exists()}:
+        if all("Agent" in name for name in left.values()):
+            break  # Ray's own two: they hold nothing of ours and end when they give their dead GCS up, a minute later
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+    assert not {pid: name for pid, name in processes(marker).items() if "Agent" not in name}
+    assert complete(folder / "round_01")
