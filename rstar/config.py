@@ -43,7 +43,7 @@ class ClusterSection:
     workers: int = 1  # search workers, each with its own engines and sandbox
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
-    max_failures: int = 3  # worker deaths before the stage stops
+    max_failures: int = 3  # workers that may die over the same problem before the stage stops
 
 
 @dataclass(frozen=True)
