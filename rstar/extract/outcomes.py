@@ -26,7 +26,9 @@ def outcome_rows(tree: Tree, *, samples: int = 0) -> list[OutcomeRow]:
         kept = Counter(bisect_right(ends, sample) for sample in drawn[:samples])
         counts = [kept[i] for i in range(len(found))]
     rows: list[OutcomeRow] = []
-    for trajectory in trajectories(tree):
+    for trajectory, count in zip(found, counts, strict=True):
+        if not count:
+            continue
         source, node_ids = provenance(tree, trajectory.node_ids)
         rows.append(
             OutcomeRow(
@@ -38,6 +40,7 @@ def outcome_rows(tree: Tree, *, samples: int = 0) -> list[OutcomeRow]:
                 tree_id=source,
                 node_ids=node_ids,
                 prompt_segments=tree.prompt,
+                weight=float(count),
             )
         )
     return rows

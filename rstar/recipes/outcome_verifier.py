@@ -23,7 +23,7 @@ V6  each point of the curves over epochs is a training of its own, its schedule 
     run as it goes.
 V7  dropout acts in fine-tuning only; the paper also continues pre-training under dropout first: sft.dropout,
     verifier.dropout (0 by default, as in the paper's main runs).
-V8  the weight decay is 0 and AdamW's betas are the trainer's (0.9, 0.999); the paper has (0.9, 0.95).
+V8  a batch is counted in rows (the paper: 3.2e4 tokens), AdamW's betas are the trainer's 0.9, 0.999 (0.9, 0.95).
 V9  a tied vote goes to the answer with the higher best score; not reported.
 V10 with search.form=steps the solutions are the code steps of rStar-Math: the generator learns the calculations of the
     reference solutions as programs, problems without one are left out, and printed output is no target and not scored.
