@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from rstar.engines.simulated import arithmetic_score, arithmetic_script
-from rstar.search.expand import Sampling, path_prompt
+from rstar.engines.base import EngineError
+from rstar.engines.simulated import SimulatedPolicy, arithmetic_score, arithmetic_script
+from rstar.search.expand import Expander, Sampling, path_prompt
 from rstar.search.mcts import Mcts, puct, select, sequence_priors, uct
 from rstar.search.sample import sample
 from rstar.tree import Node, Tree
@@ -414,3 +416,85 @@ async def test_greedy_is_one_sample_at_temperature_zero() -> None:
     (leaf,) = expander.tree.answers()
     assert leaf.reward == 1
     assert len(expander.tree.nodes) == 5
+
+
+class Slow(SimulatedPolicy):
+    """Answers at once until `stuck` calls, then never; counts the requests that wait in it."""
+
+    def __init__(self, script, stuck: int) -> None:
+        super().__init__(script)
+        self.stuck, self.waiting, self.cancelled = stuck, 0, 0
+
+    async def generate(self, prompt, params):
+        self.stuck -= 1
+        if self.stuck >= 0:
+            return await super().generate(prompt, params)
+        self.waiting += 1
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.waiting -= 1
+
+
+def slow(stuck: int) -> tuple[Expander, Slow]:
+    expander = grow(branching(3, lambda made: True), candidates=3)
+    policy = Slow(branching(3, lambda made: True), stuck)
+    expander.tools = replace(expander.tools, policy=policy)
+    return expander, policy
+
+
+@pytest.mark.parametrize("search", ["mcts", "sample"])
+async def test_cancelled_search_leaves_nothing_in_the_engine(search: str) -> None:
+    expander, policy = slow(1)
+    work = Mcts(expander).search(9, in_flight=3) if search == "mcts" else sample(expander, 3)
+    task = asyncio.create_task(work)
+    while policy.waiting < 3:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (policy.waiting, policy.cancelled) == (0, 3)
+    assert all(node.virtual_losses == 0 for node in expander.tree.nodes)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    check_statistics(expander.tree)
+
+
+async def test_failed_engine_call_is_raised_as_it_is_and_the_other_walks_are_cancelled() -> None:
+    expander, policy = slow(1)
+    generate = policy.generate
+
+    async def fail_later(prompt, params):
+        if policy.waiting == 2:
+            raise EngineError("gone")
+        return await generate(prompt, params)
+
+    policy.generate = fail_later  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="gone"):
+        await Mcts(expander).search(9, in_flight=3)
+    assert (policy.waiting, policy.cancelled) == (0, 2)
+    assert all(node.virtual_losses == 0 for node in expander.tree.nodes)
+
+
+async def test_interrupted_tree_goes_on_where_it_was() -> None:
+    """A search that is cancelled in an expansion has lost that expansion and nothing else."""
+    whole, _ = slow(10**6)
+    await Mcts(whole).search(12)
+    expander, policy = slow(7)
+    task = asyncio.create_task(Mcts(expander).search(12))
+    while not policy.waiting:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    policy.stuck = 10**6
+    expander.tree = Tree.from_rows(list(expander.tree.to_rows()))
+    await Mcts(expander).search(12)
+    assert [strip(row) for row in expander.tree.to_rows()][1:] == [strip(row) for row in whole.tree.to_rows()][1:]
+
+
+async def test_dead_end_and_exhausted_root_send_no_more_requests() -> None:
+    expander = grow(lambda prompt, seed, index: step(1, "boom()"))
+    await Mcts(expander).search(50, in_flight=4)
+    assert expander.tree.engine_calls == 1 and expander.tree.rollouts_done <= 4

@@ -7,12 +7,13 @@ and awaits, the engine batches.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,16 +21,18 @@ from rstar.config import EngineSection, ModelSection, SandboxSection, SearchSect
 from rstar.engines.base import Policy, Scorer
 from rstar.engines.build import build_policy, build_scorer
 from rstar.grading import Grader
-from rstar.prompts import step_prompt
+from rstar.prompts import STOP_SYSTEM, split_stop_question, step_prompt
 from rstar.sandbox import Sandbox
 from rstar.search.beam import beam_search, dvts
 from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.flow import flow
 from rstar.search.mcts import Mcts
 from rstar.search.sample import sample, score_answers
+from rstar.search.together import together
 from rstar.search.tree_operations import rescore
 from rstar.store import FrameRef, TreeWriter, index, read_frame
 from rstar.tokens import question_wrapper
-from rstar.tree import Tree
+from rstar.tree import ANSWER, Tree
 from rstar.types import Problem, UserError
 
 
@@ -56,6 +59,8 @@ class SearchJob:
     policy: str  # checkpoint folder
     ppm: str = ""  # checkpoint folder of the scorer; empty: none
     recipe: str = "rstar_math"
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA adapters by name: their folders
+    lora_rank: int = 0  # of adapters that may be loaded; 0: none
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,8 @@ class SearchWorker:
         self._earlier: list[dict[str, FrameRef]] = []
         self._sources: list[dict[str, FrameRef]] = []
         self._wrap: Callable[[str], str] | None = None
+        self._wrap_stop: Callable[[str], str] | None = None
+        self.adapters: dict[str, str] = {}
 
     async def start(self) -> None:
         """Load the engines, start the sandbox, open the shards (cutting torn tails)."""
@@ -135,8 +142,11 @@ class SearchWorker:
         await self.sandbox.start()
         self._grader = Grader(self.sandbox)
         self._wrap = question_wrapper(job.policy, job.model)
+        if any(one.search.method == "flow" for one in job.passes):
+            self._wrap_stop = question_wrapper(job.policy, replace(job.model, system=STOP_SYSTEM, few_shot=""))
         if any(one.trees is None for one in job.passes):
-            self._policy = build_policy(job.engine, job.policy)
+            self._policy = build_policy(job.engine, job.policy, lora_rank=job.lora_rank)
+            await self.load_adapters(job.adapters)
         self._scorer = build_scorer(job.engine, job.ppm) if job.ppm else None
         self._earlier = [index(one.folder) for one in job.passes]
         self._sources = [index(one.trees) if one.trees is not None else {} for one in job.passes]
@@ -150,23 +160,40 @@ class SearchWorker:
                 await engine.close()
         await self.sandbox.close()
 
+    async def load_adapters(self, folders: Mapping[str, str]) -> None:
+        """Serve these LoRA adapters from now on, in place of those of the same names; while nothing is searched."""
+        for name, folder in folders.items():
+            load = getattr(self._policy, "load_adapter", None)
+            if load is None:
+                raise UserError(f"engine.kind={self.job.engine.kind} with LoRA adapters", need="hf or vllm")
+            loading = load(name, folder)
+            if inspect.isawaitable(loading):
+                await loading
+        self.adapters |= folders
+
     async def search_problem(self, item: WorkItem) -> ProblemSummary:
         """Grow one tree per seed, escalate while the problem has no correct answer, and store what is finished."""
         one = self.job.passes[item.pass_index]
-        section = one.search
         if one.trees is not None:
             return await self._score_again(item)
+        return summarise(item, await self.trees(item), test_time=one.test_time)
+
+    async def trees(self, item: WorkItem) -> list[Tree]:
+        """As search_problem, but the trees themselves."""
+        one = self.job.passes[item.pass_index]
+        section = one.search
         trees = [await self._tree(item, seed) for seed in section.seeds]
         tools = self._tools(one)
-        growing = [Expander(tree, tools, _sampling(section)) for tree in trees if not tree.complete]
+        sampling = replace(_sampling(section), adapter=ANSWER if ANSWER in self.adapters else None)
+        growing = [Expander(tree, tools, sampling) for tree in trees if not tree.complete]
         for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
-            await asyncio.gather(*(self._grow(expander, item, target) for expander in growing))
+            await together(*(self._grow(expander, item, target) for expander in growing))
             if one.test_time or any(tree.solved for tree in trees):
                 break
         for expander in growing:
             expander.tree.complete = True
             self._writers[item.pass_index].append(expander.tree)
-        return summarise(item, trees, test_time=one.test_time)
+        return trees
 
     async def _score_again(self, item: WorkItem) -> ProblemSummary:
         """Copy the problem's trees of the pass's `trees` with their answers scored; it generates nothing."""
@@ -189,10 +216,10 @@ class SearchWorker:
 
     async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
         section = self.job.passes[item.pass_index].search
-        if section.form != "steps" and (section.form, section.method) != ("text", "sample"):
+        if section.form != "steps" and (section.form != "text" or section.method not in ("sample", "flow")):
             raise UserError(
                 f"search.form={section.form} with search.method={section.method}",
-                need="steps, or text with method sample",
+                need="steps, or text with method sample or flow",
             )
         writer = self._writers[item.pass_index]
 
@@ -205,10 +232,12 @@ class SearchWorker:
                 unvisited = math.inf if section.unvisited_first else 0.0
                 mcts = Mcts(expander, c=section.c, selection=section.selection, unvisited=unvisited)
                 await mcts.search(target, in_flight=section.rollouts_in_flight, on_rollout=checkpoint)
-            case "sample" | "beam" | "dvts" if expander.tree.root.expanded:
+            case "sample" | "beam" | "dvts" | "flow" if expander.tree.root.expanded:
                 pass  # nothing to add to a descent that has been made
             case "sample":
                 await sample(expander, target)
+            case "flow":
+                await flow(expander, chain_temperature=section.chain_temperature, deviations=section.deviations)
             case "beam" | "dvts" if expander.tools.scorer is None:
                 raise UserError(f"search.method={section.method} without a PPM", need="search.use_ppm=true")
             case "beam":
@@ -221,7 +250,7 @@ class SearchWorker:
             case "dvts":
                 await dvts(expander, section.beam_width // section.candidates)
             case other:
-                raise UserError(f"search.method={other}", need="mcts, beam, dvts or sample")
+                raise UserError(f"search.method={other}", need="mcts, beam, dvts, sample or flow")
 
     async def _tree(self, item: WorkItem, seed: int) -> Tree:
         assert self._wrap is not None
@@ -229,6 +258,10 @@ class SearchWorker:
         problem, section = item.problem, one.search
         earlier = self._earlier[item.pass_index].get(tree_id(problem, seed))
         settings = {**asdict(section), "sandbox": self.sandbox.level}
+        if self._wrap_stop is not None:
+            settings |= {"stop_borders": split_stop_question(self._wrap_stop, problem.question)}
+        if self.adapters:
+            settings |= {"adapters": self.adapters}
         if earlier is not None:
             tree = read_frame(earlier)
             if tree.revision >= one.revision:
@@ -268,7 +301,7 @@ def _sampling(section: SearchSection) -> Sampling:
         temperature=section.temperature,
         top_p=section.top_p,
         max_step_tokens=section.max_step_tokens,
-        form=section.form,
+        form="chunks" if (section.method, section.form) == ("flow", "text") else section.form,
         calculator=section.calculator,
         max_depth=section.max_depth,
         ppm_prior_visits=section.ppm_prior_visits,

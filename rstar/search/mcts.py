@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from rstar.search.expand import Expander
+from rstar.search.together import together
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason
 
@@ -81,9 +82,7 @@ class Mcts:
                 if on_rollout is not None:
                     on_rollout(self.tree)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(in_flight, max(0, rollouts - started))):
-                group.create_task(walker())
+        await together(*(walker() for _ in range(min(in_flight, max(0, rollouts - started)))))
 
     async def rollout(self) -> None:
         """One walk (pseudocode in DESIGN section 5)."""
