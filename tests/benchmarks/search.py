@@ -1,10 +1,11 @@
 """Speed of the search, as one JSON object. Ratios are medians of repeats whose two sides take turns in one process.
 
-    python -m tests.benchmarks.search --json [--only expansions,growth,memory,simulated,engine,hf]
+    python -m tests.benchmarks.search --json [--only expansions,sandbox,growth,memory,simulated,engine,hf]
                                       [--engine vllm|hf] [--tokens 30000] [--repeats 3]
 
-expansions_per_second          instant engine, 8 candidates, by problems in flight: `bare` runs no code, `sandbox` runs
-                               all of it; whole searches, trees written to disk included
+expansions_per_second          instant engine, 8 candidates, no code is run; by problems in flight; whole searches,
+                               trees written to disk included
+expansions_per_second_sandbox  the same with all code run
 cost_growth                    CPU ms per expansion of a tree of 2,000 nodes over that of one of 100
 peak_mb_per_tree               traced memory at its peak over the trees in flight, and how many nodes those had
 simulated_efficiency_5000      64 problems, 8 candidates, steps of 40 tokens, real sandbox, an engine of 5,000 tokens/s:
@@ -50,7 +51,7 @@ from rstar.search.mcts import Mcts
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Generation, Problem, PromptText, SamplingParams
 
-PARTS = ("expansions", "growth", "memory", "simulated", "engine", "hf")
+PARTS = ("expansions", "sandbox", "growth", "memory", "simulated", "engine", "hf")
 PROBLEMS_IN_FLIGHT = (1, 16, 64, 256)
 AT_ONCE, CANDIDATES, BATCH = 16, 4, 64  # of the real engines: requests in flight, samples of each, samples in a batch
 HF_REQUESTS = 32  # of a search, replayed by hf_over_generate: two batches
@@ -223,19 +224,13 @@ async def expansion_rate(folder: Path, problems: int, *, execute: bool) -> float
     return sum(calls) / spent
 
 
-async def expansions(folder: Path, repeats: int) -> dict[str, Any]:
-    rates: dict[str, dict[int, list[float]]] = {"bare": {}, "sandbox": {}}
+async def expansions(folder: Path, repeats: int, *, execute: bool) -> dict[str, Any]:
+    rates: dict[int, list[float]] = {problems: [] for problems in PROBLEMS_IN_FLIGHT}
     for _ in range(repeats):
-        for problems in PROBLEMS_IN_FLIGHT:
-            for name, found in rates.items():
-                rate = await expansion_rate(folder, problems, execute=name == "sandbox")
-                found.setdefault(problems, []).append(rate)
-    return {
-        "expansions_per_second": {
-            name: {str(problems): statistics.median(found) for problems, found in by.items()}
-            for name, by in rates.items()
-        }
-    }
+        for problems, found in rates.items():
+            found.append(await expansion_rate(folder, problems, execute=execute))
+    name = "expansions_per_second_sandbox" if execute else "expansions_per_second"
+    return {name: {str(problems): statistics.median(found) for problems, found in rates.items()}}
 
 
 def lone_search() -> Mcts:
@@ -411,7 +406,7 @@ def plain_generate(model: Any, tokenizer: Any, requests: Sequence[tuple[PromptTe
 async def over_generate(folder: Path, repeats: int) -> dict[str, Any]:
     model = checkpoint(folder)
     policy = await cold("hf", model)
-    requests = (await searched(folder, policy, model, 40 * CANDIDATES * HF_REQUESTS)).requests[-HF_REQUESTS:]
+    requests = (await searched(folder, policy, model, 40 * CANDIDATES * (HF_REQUESTS - AT_ONCE))).requests[:HF_REQUESTS]
     from transformers import AutoModelForCausalLM
 
     tokenizer = policy.tokenizer
@@ -439,7 +434,8 @@ async def measure(parts: Sequence[str], engine: str, tokens: int, repeats: int) 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measurements: dict[str, Callable[[], Coroutine[Any, Any, dict[str, Any]]]] = {
-            "expansions": lambda: expansions(folder, repeats),
+            "expansions": lambda: expansions(folder, repeats, execute=False),
+            "sandbox": lambda: expansions(folder, repeats, execute=True),
             "growth": lambda: growth(repeats),
             "memory": lambda: memory(folder),
             "simulated": lambda: simulated(folder, repeats),
