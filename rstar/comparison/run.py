@@ -231,8 +231,8 @@ def _pass(
 ) -> SearchPass:
     search = eval_search(way, section, settings.search, with_scorer=False)
     made_by = {
-        "search": to_dict(replace(search, seeds=[], trees_in_flight=0)),
-        "model": to_dict(replace(settings.model, base="")),
+        "search": _chosen(replace(search, seeds=[0], trees_in_flight=32)),
+        "model": _chosen(replace(settings.model, base="")),
         "engine": (settings.engine.kind, settings.engine.model),
         "policy": fingerprint(contender.policy),
         "scorer": fingerprint(contender.ppm) if search.use_ppm else "",
@@ -240,6 +240,12 @@ def _pass(
     }
     model = contender.name.replace("/", "_")
     return SearchPass((out / "trees" / model / q.name / f"{way}-{digest(made_by)}").resolve(), search, test_time=True)
+
+
+def _chosen(section: SearchSection | ModelSection) -> dict[str, Any]:
+    """The settings that differ from their defaults: a key that a later version adds disowns no answers."""
+    usual = to_dict(type(section)())
+    return {key: value for key, value in to_dict(section).items() if value != usual[key]}
 
 
 def _scored(samples: SearchPass, verifier: str) -> SearchPass:
@@ -313,7 +319,8 @@ def measured(
             made[key] = lines(records[key], methods, top_k=top_k)
             new, first = rows(*key, made[key], trajectories, first)
             found += new
-            budgets[key] = sorted({round(row.tokens, 1) for row in new if row.choice or row.trajectories == 1})
+            costs = {round(row.tokens): row.tokens for row in new if row.choice or row.trajectories == 1}
+            budgets[key] = sorted(costs.values())
     table = {key: equal_tokens(made[key], budgets[key]) for key in made}
     return Found(tuple(some), tuple(sets), tuple(found), made, budgets, table, records)
 
