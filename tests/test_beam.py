@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from rstar.engines.simulated import SimulatedPolicy
 from rstar.evaluation import eval_record
 from rstar.search.beam import beam_search, dvts
 from rstar.search.expand import Expander
@@ -182,3 +186,28 @@ async def test_best_of_n_scores_all_answers_in_one_call_and_steps_never(test_tim
     assert (tree.root.visit_count, tree.root.value_sum) == (4, 0.0)
     record = await eval_record([tree], _same)
     assert max(record.candidates, key=lambda c: c.score or -9).answer == "1"
+
+
+class Jumbled(SimulatedPolicy):
+    """Answers when it likes: later requests may be done first."""
+
+    def __init__(self, script, seed: int) -> None:
+        super().__init__(script)
+        self.luck = random.Random(seed)
+
+    async def generate(self, prompt, params):
+        for _ in range(self.luck.randrange(20)):
+            await asyncio.sleep(0)
+        return await super().generate(prompt, params)
+
+
+@pytest.mark.parametrize("search", [lambda e: beam_search(e, 4), lambda e: dvts(e, 3), lambda e: sample(e, 12)])
+async def test_trees_do_not_depend_on_who_is_answered_first(search) -> None:
+    grown = []
+    for seed in range(4):
+        script = branching(2, lambda made: sum(made) % 2 == 0)
+        expander = grow(script, candidates=3, score=lambda text: random.Random(text).uniform(-1, 1), test_time=True)
+        expander.tools = replace(expander.tools, policy=Jumbled(script, seed))
+        await search(expander)
+        grown.append([{k: v for k, v in row.items() if k != "seconds"} for row in expander.tree.to_rows()])
+    assert all(rows == grown[0] for rows in grown[1:]) and len(grown[0]) > 20
