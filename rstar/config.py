@@ -147,7 +147,7 @@ class WarmupSection:
 class SearchSection:
     """How a tree is grown (DESIGN section 5)."""
 
-    method: str = "mcts"  # mcts, beam, dvts, sample
+    method: str = "mcts"  # mcts, beam, dvts, sample, flow
     rollouts: int = 16
     escalate: list[int] = field(default_factory=list)  # problems without a correct answer go on by these many more
     second_pass: int = 0  # rollouts of a fresh tree, with the next seed, for problems that are unsolved after all that
@@ -157,8 +157,10 @@ class SearchSection:
     top_p: float = 1.0
     max_depth: int = 16  # steps, the answer step counts
     max_step_tokens: int = 256
-    form: str = "steps"  # steps: executed code steps; text: a whole solution in words, method sample only
+    form: str = "steps"  # steps: executed code steps; text: solutions in words, methods sample and flow only
     calculator: bool = False  # results of `<<48/2=` annotations are written for the model
+    chain_temperature: float = 0.0  # of flow: of all but the deviations, which are drawn at `temperature`
+    deviations: bool = True  # of flow: one at each output of the base chain; false: the base chain alone
     c: float = 2.0  # exploration constant of UCT
     selection: str = "uct"  # uct or puct
     unvisited_first: bool = True  # UCT is infinite at N = 0; false: 0, as in the official code (D1)
@@ -207,6 +209,8 @@ class TrainSection:
     dtype: str = "auto"  # autocast dtype; weights stay float32
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: full fine-tuning
+    lora_alpha: int = 0  # 0: twice the rank
+    lora_dropout: float = 0.0
     dropout: float = 0.0  # on what every attention and MLP block adds to the residual stream
     frozen_layers: int = 0  # the embeddings and so many of the lowest layers stay as they are (faster on a CPU)
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
@@ -238,6 +242,22 @@ class VerifierSection(TrainSection):
     init: str = "generator"  # generator, base, or a model folder or hub id of another size
     level: str = "token"  # token: a value after every token of a solution; solution: after its last one
     lm_weight: float = 1.0  # of the language-model loss; 0: values only
+
+
+@dataclass(frozen=True)
+class DpoSection:
+    """Online DPO of LoRA adapters; the reference is the model without its adapter (Flow-DPO appendix A)."""
+
+    beta: float = 1.0
+    learning_rate: float = 5e-6
+    batch_size: int = 32  # pairs of one adapter's optimizer step
+    micro_batch_tokens: int = 4096  # tokens in one forward pass
+    max_length: int = 4096  # tokens of prompt and completion; a longer prompt loses its beginning
+    max_grad_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.05
+    dtype: str = "auto"  # autocast dtype; weights stay float32
 
 
 @dataclass(frozen=True)

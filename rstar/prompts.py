@@ -7,7 +7,7 @@ Text is cut into segments at step borders; a segment is tokenised by itself ever
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rstar.types import PromptText, Step, StepKind
@@ -133,6 +133,25 @@ def imitates(printed: str) -> bool:
 def step_prompt(wrapped_question: str, form: str = "steps") -> PromptText:
     """Prompt of the first step: the question as the model's template wraps it, then (form: steps) the opening tag."""
     return PromptText((wrapped_question, OPENING) if form == "steps" else (wrapped_question,))
+
+
+YES, NO = "Yes", "No"
+STOP_SYSTEM = "You check solutions of mathematical problems. Reply with a single word, Yes or No."
+STOP_QUESTION = "{question}\n\nSolution so far:\n{solution}\n\nIs this the complete and correct solution? Yes or No?"
+"""What the Stop model of a flow is asked (Flow-DPO); system message and user turn."""
+_HERE = "\x00\x01"  # no question holds it
+
+
+def split_stop_question(wrap: Callable[[str], str], question: str) -> tuple[str, str]:
+    """The wrapped STOP_QUESTION cut where the partial solution stands: the texts before and after it."""
+    asked = STOP_QUESTION.replace("{solution}", _HERE).replace("{question}", question)
+    before, _, after = wrap(asked).rpartition(_HERE)
+    return before, after
+
+
+def stop_asked(borders: Sequence[str], solution: Sequence[str]) -> PromptText:
+    """The Stop model's prompt about a partial solution (its rendered segments), between split_stop_question's texts."""
+    return PromptText((borders[0], *solution, borders[1]))
 
 
 SLM_TEMPLATE = "<|user|>:\n{question}\n<|assistant|>: Let's think step by step and solve the problem with code.\n"

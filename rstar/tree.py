@@ -14,6 +14,7 @@ from typing import Any
 from rstar.types import Problem, TerminalReason, UserError
 
 SCHEMA = 1
+ANSWER, STOP = "answer", "stop"  # roles of a flow's nodes: a piece of the solution, a word on whether it is final
 
 
 @dataclass(slots=True)
@@ -103,6 +104,10 @@ class Tree:
         path.reverse()
         return path
 
+    def solution(self, node: Node) -> list[Node]:
+        """As `path`, without what a Stop model said on the way: the nodes whose text is the solution."""
+        return [one for one in self.path(node) if one.role != STOP]
+
     def depth(self, node: Node) -> int:
         """Number of steps from the root; the root has depth 0."""
         depth, parent = 0, node.parent
@@ -161,6 +166,18 @@ class Tree:
     def solved(self) -> bool:
         """Whether some answer was graded correct."""
         return any(node.reward == 1.0 for node in self.answers())
+
+    def renumber(self) -> None:
+        """Number the nodes depth first, first children first: rows that do not depend on what was ready first."""
+        order, waiting = list[Node](), [self.root]
+        while waiting:
+            order.append(waiting.pop())
+            waiting.extend(reversed(self.children(order[-1])))
+        number = {node.id: new for new, node in enumerate(order)}
+        for node in order:
+            node.id, node.children = number[node.id], [number[child] for child in node.children]
+            node.parent = None if node.parent is None else number[node.parent]
+        self.nodes = order
 
     def to_rows(self) -> Iterator[dict[str, Any]]:
         """The rows of DESIGN section 5: the tree, then its nodes in creation order."""

@@ -146,10 +146,12 @@ class PreferenceRow:
     rejected_segments: tuple[str, ...]
     q_margin: float  # Q(chosen) - Q(rejected), in (0, 2]
     weight: float  # 1 / (pairs that survive the filters at this prefix)
-    kind: str  # "step" (siblings) or "answer" (whole trajectories)
+    kind: str  # "step" (siblings) or "answer" (whole trajectories); of a flow: the role "answer" or "stop"
     problem_id: str
     tree_id: str
     node_ids: tuple[int, ...]  # (chosen's last node, rejected's last node)
+    chosen_ends: bool = False  # of a flow: the model ended here by itself, so an end token follows
+    rejected_ends: bool = False
 
 
 @dataclass(frozen=True)

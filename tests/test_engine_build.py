@@ -26,7 +26,9 @@ def test_the_scorer_has_a_device_of_its_own_where_the_config_says_so(
 ):
     """The engine modules are stand-ins: what matters is the section that reaches them."""
     for module in ("hf", "vllm"):
-        classes = {name: lambda path, section: section for name in ("HfScorer", "VllmScorer", "HfPolicy", "VllmPolicy")}
+        classes = {
+            name: lambda path, section, **_: section for name in ("HfScorer", "VllmScorer", "HfPolicy", "VllmPolicy")
+        }
         monkeypatch.setitem(sys.modules, f"rstar.engines.{module}", SimpleNamespace(**classes))
     section = EngineSection(kind=kind, device="cuda", scorer_device=scorer_device)
     assert build_scorer(section, "ppm") == replace(section, device=expected)

@@ -21,8 +21,11 @@ from rstar.types import UserError
 KINDS = ("hf", "vllm", "openai", "simulated")
 
 
-def build_policy(section: EngineSection, model_path: str) -> Policy:
-    """A policy engine for the checkpoint at `model_path` (openai: `section.model` on the server is what generates)."""
+def build_policy(section: EngineSection, model_path: str, *, lora_rank: int = 0) -> Policy:
+    """A policy engine for the checkpoint at `model_path` (openai: `section.model` on the server is what generates).
+
+    `lora_rank`: of the LoRA adapters to come, which vLLM wants to know beforehand.
+    """
     match section.kind:
         case "hf":
             from rstar.engines.hf import HfPolicy
@@ -31,7 +34,7 @@ def build_policy(section: EngineSection, model_path: str) -> Policy:
         case "vllm":
             from rstar.engines.vllm import VllmPolicy
 
-            return VllmPolicy(model_path, section)
+            return VllmPolicy(model_path, section, lora_rank=lora_rank)
         case "openai":
             from rstar.engines.openai import OpenAIPolicy
 

@@ -11,7 +11,7 @@ from rstar.types import Trajectory
 
 def path_segments(tree: Tree, node: Node) -> tuple[tuple[str, bool], ...]:
     """Segments of the path that ends in `node`: (text, whether the model wrote it)."""
-    return render([(n.text, n.stdout) for n in tree.path(node)])
+    return render([(n.text, n.stdout) for n in tree.solution(node)])
 
 
 def trajectories(tree: Tree) -> list[Trajectory]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rstar.engines.base import Policy, Scorer
 from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
+from rstar.search.together import together
 from rstar.tree import Node, Tree
 from rstar.types import (
     Execution,
@@ -52,7 +53,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     max_step_tokens: int = 256
-    form: str = "steps"  # text: a whole solution in words instead of executed steps
+    form: str = "steps"  # text: a whole solution in words instead of executed steps; chunks: pieces of one
+    adapter: str | None = None  # the LoRA adapter that writes
     calculator: bool = False  # results of annotations are written for the model
     max_depth: int = 16  # steps on a path, the answer step counts
     ppm_prior_visits: int = 1
@@ -62,7 +64,7 @@ class Sampling:
 
 
 @dataclass
-class _Candidate:
+class Candidate:
     """A distinct sampled text on its way to a node."""
 
     generation: Generation
@@ -82,7 +84,7 @@ def session_seed(problem: Problem, seed: int) -> int:
 
 def path_prompt(tree: Tree, node: Node) -> PromptText:
     """The prompt for a continuation of `node`: the tree's prompt, then each step as the step format renders it."""
-    steps = render([(n.text, n.stdout) for n in tree.path(node)])
+    steps = render([(n.text, n.stdout) for n in tree.solution(node)])
     return PromptText(tree.prompt + tuple(text for text, _ in steps))
 
 
@@ -105,7 +107,7 @@ class Expander:
         Returns the new children. A node whose expansion yields no live child, no answer and no max_depth becomes a
         dead end: -1, backed up once from the node itself.
         """
-        return self._attach(node, await self._candidates(node, n))
+        return self._attach(node, await self.draw(node, n))
 
     async def expand_all(self, nodes: Sequence[Node], counts: Sequence[int] = ()) -> list[Node]:
         """Expand several nodes at once (`counts`: samples of each); returns the new children.
@@ -113,15 +115,15 @@ class Expander:
         They are created in the order of `nodes`, whichever is ready first, so that the tree does not depend on timing.
         """
         wanted = counts or [0] * len(nodes)
-        ready = await asyncio.gather(*map(self._candidates, nodes, wanted))
+        ready = await together(*map(self.draw, nodes, wanted))
         return [
             child for node, candidates in zip(nodes, ready, strict=True) for child in self._attach(node, candidates)
         ]
 
-    async def _candidates(self, node: Node, n: int = 0) -> list[_Candidate]:
+    async def draw(self, node: Node, n: int = 0) -> list[Candidate]:
         """Draw `n` texts after `node`, count what they cost, and find out what each of them is."""
-        sampling = self.sampling
-        after = kind_of(node.text) if node.parent is not None else None
+        sampling, path = self.sampling, self.tree.solution(node)
+        after = kind_of(path[-1].text) if path else None
         if not n and after is StepKind.CODE:
             n = sampling.answer_candidates
         params = SamplingParams(
@@ -132,33 +134,34 @@ class Expander:
             stop=stops(after) if sampling.form == "steps" else (),
             calculator=sampling.calculator,
             seed=self.tree.seed,
+            adapter=sampling.adapter,
         )
         generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
         self.tree.engine_calls += 1
         self.tree.tokens += sum(g.tokens for g in generations)
         return await self._classify(node, generations)
 
-    def _attach(self, node: Node, candidates: Sequence[_Candidate]) -> list[Node]:
+    def _attach(self, node: Node, candidates: Sequence[Candidate]) -> list[Node]:
         if self.sampling.first_answer_only:
             candidates = [c for c in candidates if c.terminal is TerminalReason.ANSWER][:1] or candidates
-        children = [self._add(node, candidate) for candidate in candidates]
+        children = [self.add(node, candidate) for candidate in candidates]
         useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
         if not any(child.terminal in useful for child in children):
             node.terminal, node.reward = TerminalReason.DEAD_END, -1.0
             self.tree.backpropagate(node, -1.0, ancestors=self.sampling.back_up_dead_ends)
         return children
 
-    async def _classify(self, node: Node, generations: Sequence[Generation]) -> list[_Candidate]:
-        distinct: dict[str, _Candidate] = {}
+    async def _classify(self, node: Node, generations: Sequence[Generation]) -> list[Candidate]:
+        distinct: dict[str, Candidate] = {}
         for generation in generations:
             if generation.text in distinct:
                 distinct[generation.text].multiplicity += 1
             else:
-                distinct[generation.text] = _Candidate(generation)
+                distinct[generation.text] = Candidate(generation)
         candidates = list(distinct.values())
-        path = self.tree.path(node)
-        after = kind_of(node.text) if path else None
-        for candidate in candidates:
+        path = self.tree.solution(node)
+        after = kind_of(path[-1].text) if path else None
+        for candidate in candidates if self.sampling.form != "chunks" else ():
             text = candidate.generation.text
             if candidate.generation.cut_off:
                 parsed: Step | Malformed = Malformed("cut off")
@@ -180,7 +183,7 @@ class Expander:
         await self._score(node, candidates)
         return candidates
 
-    async def _run(self, path: Sequence[Node], candidate: _Candidate) -> None:
+    async def _run(self, path: Sequence[Node], candidate: Candidate) -> None:
         assert candidate.step is not None and candidate.step.code is not None
         state = self._session.state([n.code for n in path if n.code is not None])
         _, execution = await self._session.run(state, candidate.step.code)
@@ -190,14 +193,14 @@ class Expander:
         elif candidate.step.kind is StepKind.CODE and imitates("".join(n.stdout for n in path) + execution.stdout):
             candidate.terminal, candidate.error = TerminalReason.MALFORMED, "printed text imitates a delimiter"
 
-    async def _grade(self, candidate: _Candidate) -> None:
+    async def _grade(self, candidate: Candidate) -> None:
         assert candidate.step is not None and candidate.step.answer is not None
         candidate.terminal = TerminalReason.ANSWER
         if self.tools.grade is not None:
             correct = await self.tools.grade(candidate.step.answer, self.tree.problem)
             candidate.reward = 1.0 if correct else -1.0
 
-    async def _score(self, node: Node, candidates: Sequence[_Candidate]) -> None:
+    async def _score(self, node: Node, candidates: Sequence[Candidate]) -> None:
         """PPM on the live candidates; at test time (no grader) on the answers too, whose score is their return."""
         if self.tools.scorer is None:
             return
@@ -217,7 +220,8 @@ class Expander:
         for candidate, score in zip(wanted, scores, strict=True):
             candidate.ppm_value = score
 
-    def _add(self, node: Node, candidate: _Candidate) -> Node:
+    def add(self, node: Node, candidate: Candidate) -> Node:
+        """Add a drawn text as a child of `node`; what it is worth already is backed up."""
         execution = candidate.execution
         child = self.tree.add_child(
             node,

@@ -90,8 +90,9 @@ def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Mo
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=section.lora_rank, lora_alpha=2 * section.lora_rank, target_modules="all-linear", task_type=task
-    )
+        r=section.lora_rank, lora_alpha=section.lora_alpha or 2 * section.lora_rank,
+        lora_dropout=section.lora_dropout, target_modules="all-linear", task_type=task,
+    )  # fmt: skip
     return cast(nn.Module, get_peft_model(model, config))
 
 
