@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -236,6 +237,19 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     path.write_text('{"prompt": \n')
     with pytest.raises(UserError, match=r"sft.jsonl:1 is not JSON"):
         read_rows(path, SftRow)
+
+
+def test_losses_are_reported_to_tensorboard_too(tiny_model: Path, tmp_path: Path) -> None:
+    section = dataclasses.replace(QUICK, report_to=["tensorboard"])
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
+        return
+    train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "p-tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(curve(tmp_path / "p"), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from rstar.extract.sft import sft_rows
 from rstar.recipes.base_model import base_model
 from rstar.recipes.measuring import problem_trees
 from rstar.report.progress import TrainingProgress
+from rstar.search.tree_operations import merge
 from rstar.tree import Tree
 from rstar.types import SftRow, UserError
 
@@ -55,8 +56,10 @@ def train_from_files(what: str, source: Path, model: str, output: Path, config: 
     loss = section.loss if isinstance(section, PpmSection) else ""
     kind: Any = row_kind(loss) if loss else SftRow
     if source.is_dir():
-        groups = problem_trees(source)
         extract: ExtractSection = config.extract
+        groups = (
+            [merge(trees)] if extract.merge_seeds and len(trees) > 1 else trees for trees in problem_trees(source)
+        )
         rows: list[Any] = [
             row
             for trees in groups

@@ -6,6 +6,7 @@ What is ours: a step runs its micro-batches itself, because their number varies 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from rstar.config import TrainSection, digest
 from rstar.training.batching import MicroBatch, OptimizerSteps
@@ -113,7 +115,8 @@ def train(
     metrics = Metrics(
         metrics_path(output), steps, on_progress, resumed_step=_step_of(resume), main=args.process_index == 0
     )
-    trainer = PackedTrainer(model=loss_module, args=args, train_dataset=steps, metrics=metrics)
+    callbacks = [_tensorboard(output)] if "tensorboard" in section.report_to and args.process_index == 0 else []
+    trainer = PackedTrainer(model=loss_module, args=args, train_dataset=steps, metrics=metrics, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     with memory_advice(section):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -143,6 +146,9 @@ def _arguments(loss_module: LossModule, section: TrainSection, checkpoints: Path
     schedules = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
     if section.schedule not in schedules:
         raise UserError(f"train.schedule {section.schedule!r}", need=", ".join(schedules))
+    for name in section.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"report_to={name} needs the package {name}", how=f"pip install {name}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp = torch.cuda.is_available() and not section.lora_rank if section.fsdp is None else section.fsdp
     if fsdp and section.lora_rank:
@@ -169,7 +175,7 @@ def _arguments(loss_module: LossModule, section: TrainSection, checkpoints: Path
         save_strategy="steps" if section.save_steps else "no",
         save_steps=section.save_steps or 1,
         save_total_limit=2,
-        report_to=list(section.report_to) or "none",
+        report_to=[name for name in section.report_to if name != "tensorboard"] or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
@@ -178,6 +184,13 @@ def _arguments(loss_module: LossModule, section: TrainSection, checkpoints: Path
     if args.n_gpu > 1:  # several GPUs without torchrun: use one, never DataParallel
         args._n_gpu = 1
     return args
+
+
+def _tensorboard(output: Path) -> TensorBoardCallback:
+    """Writes beside the checkpoint; the Trainer's own place is among the checkpoints, which go when it is done."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(output.parent / f"{output.name}-tensorboard")))
 
 
 _COMPLETE = "rstar_complete"

@@ -1,10 +1,11 @@
 """What computing shared prefixes once is worth: plain rows against packed trees, same loss, same gradients.
 
-    python -m tests.benchmarks.training [--json] [--trees FOLDER] [--problems 8] [--repeats 2]
+    python -m tests.benchmarks.training [--json] [--trees FOLDER [--model FOLDER]] [--problems 12] [--repeats 2]
 
-Rows are extracted as in a round, from the trees of a search: of the run folder given with --trees, else of an MCTS over
-sums that the scripted policy writes (a search with a real sandbox and grader; only the text is scripted), tokenised
-and trained with SmolLM2-135M-Instruct. Plain rows run without padding, so the figures are what sharing alone gives.
+Rows are extracted as in a round, from the trees of an MCTS with SmolLM2-135M-Instruct: those of the folder given with
+--trees, else of a search with 8 rollouts of 8 candidates after the quickstart's warm-up. That search is made once (ten
+minutes on two cores) and kept in the cache folder; it goes on where it was stopped. Rows are tokenised and trained with
+the policy of that search. Plain rows run without padding, so the figures are what sharing alone gives.
 
 Prints `ppm_tree_speedup` and `sft_tree_speedup` (seconds of plain rows over seconds of packed trees, forward and
 backward; `_cpu`: the same in CPU seconds, which other load on the machine disturbs less), `tokens_flat_over_packed`,
@@ -15,22 +16,21 @@ the model FLOPs utilisation.
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import json
-import random
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rstar.config import EngineSection, ModelSection, PpmSection, SandboxSection, SearchSection, TrainSection
+from rstar.config import PpmSection, TrainSection, load
 from rstar.extract.preferences import preference_rows
 from rstar.extract.sft import sft_rows
-from rstar.search.collect import SearchJob, SearchPass, SearchWorker, WorkItem, collect
+from rstar.recipes import rstar_math
 from rstar.store import read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, micro_batches
@@ -41,47 +41,25 @@ from rstar.training.packing import FLEX_BLOCK
 from rstar.training.ppm import ScoreLoss
 from rstar.training.sft import TokenLoss
 from rstar.tree import Tree
-from rstar.types import Problem
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}  # dense FLOP/s, the makers' figures
 
 
-def sums(count: int) -> list[Problem]:
-    """Sums and products of three to five terms."""
-    chance = random.Random(7)
-    found = []
-    for k in range(count):
-        terms = [str(chance.randint(2, 99)) for _ in range(chance.randint(3, 5))]
-        terms[1] = f"{terms[1]} * {chance.randint(2, 9)}"
-        text = " + ".join(terms)
-        answer = sum(int(a) * int(b or 1) for a, _, b in (term.partition(" * ") for term in terms))
-        found.append(Problem(id=f"sum-{k}", question=f"What is {text}?", answer=str(answer)))
-    return found
+QUICKSTART = Path(__file__).parents[2] / "configs/rstar_math/quickstart.yaml"
+SETTINGS = ["cluster.address=inline", "search.rollouts=8", "search.candidates=8", "search.answer_candidates=0"]
 
 
-def searched(model: Path, problems: int) -> Iterator[Tree]:
-    """Trees of the scripted policy: 16 rollouts, 8 candidates, the settings of the paper's second round."""
-    with tempfile.TemporaryDirectory() as folder:
-        section = SearchSection(rollouts=16, candidates=8, seeds=[0])
-        job = SearchJob(
-            passes=(SearchPass(Path(folder), section),),
-            engine=EngineSection(kind="simulated"),
-            sandbox=SandboxSection(),
-            model=ModelSection(base=str(model)),
-            policy=str(model),
-        )
-
-        async def search() -> None:
-            worker = SearchWorker(job, "benchmark")
-            try:
-                await worker.start()
-                items = [WorkItem(0, problem) for problem in sums(problems)]
-                await collect(items, worker.search_problem, in_flight=8, on_done=lambda summary: None)
-            finally:
-                await worker.close()
-
-        asyncio.run(search())
-        yield from list(read_trees(Path(folder)))
+def searched() -> tuple[Path, Path]:
+    """Folder of the trees of the quickstart's first round, searched longer, and their policy; made where missing."""
+    run = cache_folder() / "benchmarks" / "training"
+    families = load(rstar_math.Config, QUICKSTART).problems.families
+    fewer = [f"problems.families.{name}.count=2" for name in families]
+    config = load(rstar_math.Config, QUICKSTART, [f"run.dir={run}", *SETTINGS, *fewer])
+    for stage in (rstar_math.stages(config, 0)[0], rstar_math.stages(config, 1)[0]):  # the warm-up, the search
+        if stage.finished() is None:
+            stage.execute()
+    made = rstar_math.run_dir(config)
+    return made.round(1).trees, made.round(0).policy
 
 
 @dataclass
@@ -136,6 +114,7 @@ def measure(module: LossModule, rows: list[EncodedRow], *, budget: int, repeats:
     figures = {
         "rows": len(rows),
         "tokens_packed": packed.tokens,
+        "tokens_flat": flat.tokens,
         "tokens_flat_over_packed": round(flat.tokens / packed.tokens, 2),
         "tree_speedup": round(flat.seconds / packed.seconds, 2),
         "tree_speedup_cpu": round(flat.cpu_seconds / packed.cpu_seconds, 2),
@@ -179,6 +158,8 @@ def run(trees: list[Tree], model: Path, *, budget: int, repeats: int) -> dict[st
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     for key in ("max_loss_diff", "max_grad_diff"):
         figures[key] = max(figures[f"sft_{key}"], figures[f"ppm_{key}"])
+    packed, flat = (sum(figures[f"{name}_tokens_{kind}"] for name in tasks) for kind in ("packed", "flat"))
+    figures["tokens_flat_over_packed"] = round(flat / packed, 2)
     return figures
 
 
@@ -186,13 +167,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--trees", type=Path, help="folder with trees-*.jsonl.zst of a search")
-    parser.add_argument("--problems", type=int, default=8, help="problems to search, or trees to use of --trees")
+    parser.add_argument("--model", type=Path, help="model to train on those trees (default SmolLM2)")
+    parser.add_argument("--problems", type=int, default=12, help="trees to use, of those with both outcomes")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     arguments = parser.parse_args()
-    model = smollm2_checkpoint(cache_folder())
-    source = read_trees(arguments.trees) if arguments.trees else searched(model, arguments.problems)
-    trees = [tree for tree in source if len({node.reward for node in tree.answers()}) > 1][: arguments.problems]
+    if arguments.trees:
+        folder, model = arguments.trees, arguments.model or smollm2_checkpoint(cache_folder())
+    else:
+        with contextlib.redirect_stdout(sys.stderr):  # progress lines
+            folder, model = searched()
+    trees = [tree for tree in read_trees(folder) if len({node.reward for node in tree.answers()}) > 1][
+        : arguments.problems
+    ]
     figures = run(trees, model, budget=arguments.micro_batch_tokens, repeats=arguments.repeats)
     if arguments.json:
         print(json.dumps(figures))
