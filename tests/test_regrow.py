@@ -66,7 +66,7 @@ def script(prompt: str, seed: int, index: int) -> str:
     return text.replace("x", "boom", 1) if luck < 0.2 and "x" in text else text
 
 
-def scorer(_: object, folder: str) -> SimulatedScorer:
+def scorer(_: object, folder: str, **__: object) -> SimulatedScorer:
     name = Path(folder).name
     return SimulatedScorer(lambda text: random.Random(name + text).uniform(-1, 1))
 
@@ -81,7 +81,7 @@ def rstar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rstar:
     (tmp_path / "problems.jsonl").write_text("\n".join(rows))
     (tmp_path / "config.yaml").write_text(CONFIG.replace("PROBLEMS", str(tmp_path / "problems.jsonl")))
     monkeypatch.setattr(collect, "Sandbox", FakeSandbox)
-    monkeypatch.setattr(collect, "build_policy", lambda section, path: Policy(script))
+    monkeypatch.setattr(collect, "build_policy", lambda *_, **__: Policy(script))
     monkeypatch.setattr(collect, "build_scorer", scorer)
     monkeypatch.setattr(Policy, "calls", 0)
     monkeypatch.setattr(Policy, "stop_at", -1)
@@ -224,6 +224,21 @@ def test_rescoring_asks_the_scorer_only(
             if old.ppm_value is not None:
                 assert node.ppm_value not in (None, old.ppm_value)
         assert tree.rollouts_done == 6 and tree.ppm == other
+
+
+def test_trees_of_the_second_pass_are_taken_up_with_the_others(
+    rstar: Rstar, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RoundDir(tmp_path / "other", 1)
+    assert rstar("search", "search.second_pass=2", name="other") == 0
+    assert {name: tree.rollouts_done for name, tree in trees(folder).items() if name.endswith("#1")} == {
+        "p1#1": 2, "p3#1": 2,
+    }  # fmt: skip
+    ppm = checkpoint(tmp_path / "ppm")
+    assert rstar("search", "search.second_pass=2", "--rescore", ppm, "--continue", "5", name="other") == 0
+    assert "rounds.r1.search.second_pass=5" in settings(capsys.readouterr().out)
+    assert len(trees(folder)) == 6
+    assert all((tree.ppm, tree.rollouts_done, tree.revision) == (ppm, 5, 1) for tree in trees(folder).values())
 
 
 def test_ppm_that_the_trees_will_train_again_is_refused(
