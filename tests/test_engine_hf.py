@@ -35,6 +35,7 @@ PROMPTS = [
     PromptText(("Compute the least common multiple of the numbers 12 and 18, then add 345 to it.\n", "<code>\n")),
     PromptText(("é∑𝔘?",)),
 ]  # fmt: skip
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
@@ -121,6 +122,33 @@ async def test_sampled_logprobs_equal_a_teacher_forced_forward(reference, policy
         expected = sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids)))
         assert generation.logprob == pytest.approx(expected, abs=1e-4 * generation.tokens)
         assert generation.tokens == len(ids) - start
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CUDA)])
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-3), ("bfloat16", 0.1)])
+async def test_devices_and_data_types_agree_up_to_their_noise(
+    reference, tiny_model, ppm, monkeypatch, device: str, dtype: str, noise: float
+):
+    """Samples and scores of the engine against plain float32 on the CPU; `noise` of a token's log-probability."""
+    engine, kept = fresh(tiny_model, device=device, dtype=dtype), []
+    drop = engine._drop
+    monkeypatch.setattr(engine, "_drop", lambda batch, row: kept.append(batch.samples[row]) or drop(batch, row))
+    await engine.generate(PROMPTS[0], SamplingParams(n=4, max_tokens=16))
+    assert str(next(engine.model.parameters()).dtype) == f"torch.{dtype}"
+    for sample in kept:
+        start = len(sample.prompt.ids)
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([sample.ids])).logits[0].log_softmax(-1)
+        expected = sum(logprobs[i - 1, sample.ids[i]].item() for i in range(start, len(sample.ids)))
+        assert sample.logprob == pytest.approx(expected, abs=noise * sample.tokens)
+    steps = [("x = 1\n",), ("print(12 + 7)\n<end_of_code>\n",), ("y",)]
+    plain, scorer = (
+        HfScorer(str(ppm), EngineSection(device=place, dtype=kind))
+        for place, kind in (("cpu", "float32"), (device, dtype))
+    )
+    expected_scores = await plain.score(PROMPTS[1], steps)
+    assert max(expected_scores) - min(expected_scores) > noise / 2, "scores that are all alike would prove nothing"
+    assert await scorer.score(PROMPTS[1], steps) == pytest.approx(expected_scores, abs=noise / 5)
 
 
 async def test_a_step_after_a_step_reads_in_only_what_is_new(reference, tiny_model, policy, monkeypatch):
