@@ -15,13 +15,15 @@ from rstar.cli import run
 from rstar.comparison.methods import Line, Records, equal_tokens, lines, rows
 from rstar.comparison.ppm_quality import best_threshold, calibration, first_errors, on_trees
 from rstar.comparison.published import COLUMNS, PUBLISHED
-from rstar.comparison.run import Contender, Questions, Settings, load_questions, measured, usable
+from rstar.comparison.run import Contender, Questions, Settings, load_questions, measured, read_records, usable
 from rstar.comparison.write import write_comparison
-from rstar.config import ExtractSection, ModelSection, ProblemsSection
+from rstar.config import ExtractSection, ModelSection, ProblemsSection, SearchSection
 from rstar.engines.simulated import SimulatedScorer
 from rstar.evaluation import Candidate, EvalRecord
+from rstar.search.collect import SearchPass
 from rstar.search.mcts import Mcts
-from rstar.store import index
+from rstar.store import TreeWriter, index
+from rstar.tree import Tree
 from rstar.types import Problem, UserError
 from tests.fakes import branching, grow
 
@@ -218,6 +220,18 @@ def test_methods_are_compared_at_equal_tokens() -> None:
     assert [cell and cell[0] for cell in table["majority"]] == [None, 1, 3, 4]
     assert [cell and cell[0] for cell in table["mcts top score"]] == [None, None, 1, 2]
     assert table["mcts top score"][3] == (2, 1.0)
+
+
+def test_searches_are_counted_off_by_seed(tmp_path: Path) -> None:
+    q = Questions("q", tuple(Problem(f"p{i}", "?", "7") for i in (1, 0)), "", "")
+    with TreeWriter(tmp_path / "trees-w0.jsonl.zst") as writer:
+        for problem in (*q.problems, Problem("other", "?", "7")):
+            for seed in range(12):  # as text "#10" comes before "#2"
+                writer.append(Tree(f"{problem.id}#{seed}", problem, ("Q",), seed=seed, tokens=10**seed, complete=True))
+    made = SearchPass(tmp_path, SearchSection(seeds=list(range(12))), test_time=True)
+    found = read_records(q, made, [1, 3, 12], Settings(model=ModelSection(base="m")))
+    assert [record.problem_id for record in found[3]] == ["p1", "p0"]
+    assert [record.tokens for k in (1, 3) for record in found[k]] == [1, 1, 111, 111]
 
 
 def test_the_papers_figures_stand_only_beside_the_same_benchmark(tmp_path: Path) -> None:

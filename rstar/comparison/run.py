@@ -207,18 +207,13 @@ def compare(
             _search(contender, "answers", searched, settings, ppm)
             for who, verifier in contender.verifiers.items() if "sample" in ways else ():
                 scored = {(f"sample {who}", q.name): _scored(made["sample", q.name], verifier) for q in sets}
-                _search(
-                    contender,
-                    f"scores by {who}",
-                    [(q, scored[f"sample {who}", q.name]) for q in sets],
-                    settings,
-                    verifier,
-                )
+                again = [(q, scored[f"sample {who}", q.name]) for q in sets]
+                _search(contender, f"scores by {who}", again, settings, verifier)
                 made |= scored
             for (way, name), one in made.items():
                 q = next(q for q in sets if q.name == name)
                 ks = [1] if one.search.method == "sample" else [seed + 1 for seed in one.search.seeds]
-                found = _records(q, one, ks, settings)
+                found = read_records(q, one, ks, settings)
                 if way.startswith("sample"):
                     plain = records.get((contender.name, name), {}).get("sample", {1: found[1]})
                     found = {one.search.rollouts: _with_costs(found[1], next(iter(plain.values())))}
@@ -278,10 +273,10 @@ def _search(
         search_all(job, todo, settings.cluster, progress)
 
 
-def _records(q: Questions, made: SearchPass, ks: Sequence[int], settings: Settings) -> Records:
+def read_records(q: Questions, made: SearchPass, ks: Sequence[int], settings: Settings) -> Records:
     """For every k the records of the first k trees of each problem, in the order of the problems."""
     place = {problem.id: i for i, problem in enumerate(q.problems)}
-    groups = ([t for t in trees if t.seed < ks[-1]] for trees in problem_trees(made.folder))
+    groups = (sorted(trees, key=lambda tree: tree.seed) for trees in problem_trees(made.folder))
     prefixes = (trees[:k] for trees in groups if trees[0].problem.id in place for k in ks)
     found = asyncio.run(eval_records(prefixes, settings.sandbox))
     in_order = sorted(range(len(found)), key=lambda i: place[found[i].problem_id])
