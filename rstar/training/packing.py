@@ -23,6 +23,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
+from rstar.types import UserError
+
 Ids = npt.NDArray[np.int64]
 
 ATTENTION = "rstar_tree"
@@ -172,6 +174,8 @@ def tree_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if tree.flex:
+        if dropout:
+            raise UserError("attention_dropout with flex attention", need="0", how="set it in the model's config.json")
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary leaves them in float32
         run = _compiled_flex if query.is_cuda else flex_attention
         return run(query, key, value, block_mask=tree.flex_mask(window), scale=scaling).transpose(
