@@ -159,7 +159,9 @@ def test_keys_younger_than_a_record_count_as_their_defaults(tmp_path: Path) -> N
 
 def configured(tmp_path: Path, model: Path, *overrides: str):  # type: ignore[no-untyped-def]
     """The tiny config on five sums, the last of which has a wrong reference answer, with a simulated policy."""
-    rows = [{"id": f"s{n}", "question": text, "answer": str(eval(text) + (n == 4))} for n, text in enumerate(SUMS)]
+    rows = [
+        {"id": f"s{n}", "question": text, "answer": str(eval(text) + 1000 * (n == 4))} for n, text in enumerate(SUMS)
+    ]
     path = tmp_path / "sums.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fixed = [
@@ -235,8 +237,8 @@ def test_unsolved_problems_come_with_their_most_frequent_answer(tmp_path: Path, 
     execute(config, 0, "base")
     here = execute(config, 1, "search")
     rows = {row.problem_id: row for row in unsolved(here.trees)}
-    wrong = rows["s4"]  # its reference is 28
-    assert (wrong.reference, wrong.answer) == ("28", "27") and 0.3 < wrong.share <= 1 and wrong.answers > 2
+    wrong = rows["s4"]  # its reference is wrong
+    assert (wrong.reference, wrong.answer) == ("1027", "27") and 0.3 < wrong.share <= 1 and wrong.answers > 2
     answers = [
         (leaf.answer, leaf.multiplicity) for t in read_trees(here.trees) if t.problem.id == "s4" for leaf in t.answers()
     ]
@@ -247,7 +249,7 @@ def test_unsolved_problems_come_with_their_most_frequent_answer(tmp_path: Path, 
     text = unsolved_text(tmp_path / "run")
     assert (
         text.splitlines()[0].startswith(f"{len(rows)} problems unsolved in round 1")
-        and "reference 28, given 27" in text
+        and "reference 1027, given 27" in text
     )
     assert unsolved_text(tmp_path / "run", limit=0).endswith(f"and {len(rows)} more")
 
@@ -319,3 +321,29 @@ def test_the_loss_of_the_ppm_says_which_rows_are_extracted(
     trained = execute(config, 1, "ppm").record("ppm")
     assert trained is not None and trained.counts["rows"] == record.counts[file]
     assert (here.ppm / "model.safetensors").exists()
+
+
+def test_round_with_seeds_escalation_and_second_pass_gives_rows_of_trees_on_disk(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Round 2 of the tiny config: PPM-augmented, two seeds, more rollouts and a second pass for the unsolved."""
+    config = configured(tmp_path, tiny_model, "extract.min_margin=0", "rounds.r2.search.rollouts=12")
+    execute(config, 0, "base")
+    before = execute(config, 1, "search", "extract")
+    for name in ("policy", "ppm", "eval"):
+        before.finish(name, settings={}, inputs={}, outputs=[], counts={}, seconds=0)
+    here = execute(config, 2, "search", "extract")
+    trees = {tree.tree_id: tree for tree in read_trees(here.trees)}
+    assert {name.partition("#")[2] for name in trees} == {"0", "1", "2"}
+    assert any(node.ppm_value is not None for tree in trees.values() for node in tree.nodes)
+    assert {tree.problem.id for tree in trees.values() if tree.seed == 2} == {
+        row.problem_id for row in unsolved(here.trees)
+    }
+    rows = read_rows(here.sft, SftRow)
+    assert rows and len({row.problem_id for row in rows}) == sum(
+        any(tree.solved for tree in trees.values() if tree.problem.id == f"s{n}") for n in range(5)
+    )
+    for row in rows:
+        assert row.tree_id in trees and trees[row.tree_id].nodes[row.node_ids[-1]].reward == 1.0
+    for pair in read_rows(here.pairs, PreferenceRow):
+        assert pair.tree_id in trees or pair.tree_id.partition("#")[2] == "0+1"

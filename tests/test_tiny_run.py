@@ -84,6 +84,18 @@ def test_round_two_searched_with_round_ones_checkpoints(run: Path) -> None:
     assert scored and all(-1 <= value <= 1 for value in scored)
 
 
+def test_round_two_has_two_seeds_more_rollouts_for_the_unsolved_and_a_second_pass(run: Path) -> None:
+    trees = list(read_trees(run / "round_02"))
+    by_seed = {seed: [tree for tree in trees if tree.seed == seed] for seed in (0, 1, 2)}
+    assert len(by_seed[0]) == len(by_seed[1]) == 20
+    solved = {tree.problem.id for tree in trees if tree.solved and tree.seed < 2}
+    assert {tree.problem.id for tree in by_seed[2]} == {tree.problem.id for tree in trees} - solved
+    assert all(tree.rollouts_done <= (2 if tree.seed == 2 else 8) for tree in trees)
+    rows = [json.loads(line) for line in (run / "round_02" / "sft.jsonl").read_text().splitlines()]
+    nodes = {tree.tree_id: tree.nodes for tree in trees}
+    assert all(nodes[row["tree_id"]][row["node_ids"][-1]].reward == 1.0 for row in rows)
+
+
 def test_finished_run_says_that_all_is_done(run: Path) -> None:
     before = (run / "round_02" / "manifest.json").read_bytes()
     out = rstar("evolve", CONFIG, "cluster=inline", f"run.dir={run}")

@@ -245,7 +245,8 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             solved = {trees[0].problem.id for trees in problem_trees(here.trees) if any(t.solved for t in trees)}
             had = {name.rpartition("#")[0] for name in index(here.trees) if name.endswith(f"#{again.seeds[0]}")}
             left = [problem for problem in pool if problem.id not in solved or problem.id in had]
-            search(replace(job, passes=(replace(job.passes[0], search=again),)), left, "second pass")
+            if left:
+                search(replace(job, passes=(replace(job.passes[0], search=again),)), left, "second pass")
         return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
 
     return Stage(here, "search", settings, inputs, work, resumes=True)
