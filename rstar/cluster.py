@@ -33,7 +33,7 @@ ADDRESS_VARIABLE = "RSTAR_RAY_ADDRESS"
 PASSIVE_WAIT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 """OpenMP threads that spin while they wait slow everything beside them down 10-30x; set before torch is imported."""
 
-HANDFUL = 4  # problems leased at once: the dear ones, which come first, are spread over all workers
+HANDFUL = 4  # problems in a worker's first lease, doubled each time: the dear ones, which come first, are spread out
 CLOSE_SECONDS = 10.0  # for a worker to give its engines and sandbox back
 WAIT_SECONDS = 60.0  # until the driver says that a worker does not start
 
@@ -246,15 +246,18 @@ async def _on_ray(
             # A name of its own: a worker whose node is cut off may still be writing to the shard of the one before.
             actor = remote_worker.remote(f"w{number}-{life}" if life else f"w{number}")
             held: dict[tuple[int, str], WorkItem] = {}
+            handful = HANDFUL
             try:
                 if not await _started(actor, number, section, leases):
                     return
                 while True:
-                    items = await leases.take(min(HANDFUL, leases.places - len(held)), holds=len(held))
+                    asked = min(handful, leases.places - len(held))
+                    items = await leases.take(asked, holds=len(held))
                     held.update((key(item), item) for item in items)
                     if not held:
                         return
-                    full = len(items) < HANDFUL or len(held) == leases.places
+                    handful *= 2 if handful < leases.places else 1
+                    full = len(items) < asked or len(held) == leases.places
                     summaries = await actor.exchange.remote(items, full)
                     for summary in summaries:
                         del held[summary.pass_index, summary.problem_id]
