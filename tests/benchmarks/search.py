@@ -16,7 +16,7 @@ engine_efficiency              the same ratio for a real engine with SmolLM2, 16
                                search together generate --tokens. `_cpu`: of tokens per CPU second of this process
 engine_mean_in_flight          requests in the engine, averaged over the search's time; 16 at most
 hf_over_generate               tokens/s of the hf engine over transformers' generate() (left padding; same stop strings,
-                               data type and batch size) on the prompts of a search
+                               data type and batch size) on the prompts of a search; `_cpu`: per CPU second
 
 A search of the efficiencies ends when its tokens are spent: what is in flight is waited for, nothing new is asked. Its
 requests are then replayed in their order, as many at once as the search may have, sampled anew. A ratio can pass 1: the
@@ -376,11 +376,13 @@ async def real_engine(folder: Path, kind: str, tokens: int, repeats: int) -> dic
     }
 
 
-def plain_generate(model: Any, tokenizer: Any, requests: Sequence[tuple[PromptText, SamplingParams]]) -> float:
-    """Tokens per second of transformers' generate(), batches of BATCH samples in the order of the requests."""
+def plain_generate(
+    model: Any, tokenizer: Any, requests: Sequence[tuple[PromptText, SamplingParams]]
+) -> tuple[float, float]:
+    """Tokens per second, and per CPU second, of transformers' generate(): batches of BATCH samples, in order."""
     import torch
 
-    tokens, begun, width = 0, time.perf_counter(), BATCH // CANDIDATES
+    tokens, begun, cpu_begun, width = 0, time.perf_counter(), time.process_time(), BATCH // CANDIDATES
     for start in range(0, len(requests), width):
         batch = requests[start : start + width]
         params = batch[0][1]
@@ -400,7 +402,7 @@ def plain_generate(model: Any, tokenizer: Any, requests: Sequence[tuple[PromptTe
             )
         ended = output[:, inputs["input_ids"].shape[1] :] == tokenizer.pad_token_id
         tokens += int((~ended).sum())
-    return tokens / (time.perf_counter() - begun)
+    return tokens / (time.perf_counter() - begun), tokens / (time.process_time() - cpu_begun)
 
 
 async def over_generate(folder: Path, repeats: int) -> dict[str, Any]:
@@ -412,16 +414,21 @@ async def over_generate(folder: Path, repeats: int) -> dict[str, Any]:
     tokenizer = policy.tokenizer
     tokenizer.padding_side = "left"
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=policy.model.dtype).eval()
-    ratios, ours, theirs = [], [], []
+    ours, theirs = [], []
     for _ in range(repeats):
         policy = await cold("hf", model, policy)
-        ours.append((await replay(policy, requests, BATCH // CANDIDATES)).rate)
+        ours.append(await replay(policy, requests, BATCH // CANDIDATES))
         theirs.append(await asyncio.to_thread(plain_generate, plain, tokenizer, requests))
-        ratios.append(ours[-1] / theirs[-1])
     await policy.close()
     return {
-        "hf_over_generate": statistics.median(ratios),
-        "hf_tokens_per_second": {"engine": statistics.median(ours), "generate": statistics.median(theirs)},
+        "hf_over_generate": statistics.median(one.rate / wall for one, (wall, _) in zip(ours, theirs, strict=True)),
+        "hf_over_generate_cpu": statistics.median(
+            one.cpu_rate / cpu for one, (_, cpu) in zip(ours, theirs, strict=True)
+        ),
+        "hf_tokens_per_second": {
+            "engine": statistics.median(one.rate for one in ours),
+            "generate": statistics.median(wall for wall, _ in theirs),
+        },
         "hf_requests": len(requests),
         "hf_dtype": str(plain.dtype).removeprefix("torch."),
     }
