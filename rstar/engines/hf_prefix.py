@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+SHARED_WORTH_WAITING = 16  # tokens; a prompt waits a tick for another one with which it shares more uncomputed ones
+
 
 @dataclass(eq=False)
 class _Edge:
