@@ -359,19 +359,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.source.endswith((".yaml", ".yml")):
         options.config, options.stages = options.source, (options.what,)
         return _stage(options)
-    if not (options.model and options.out) or options.what == "verifier":
-        raise UserError(f"rstar train {options.what} {options.source}", need="--model and --out, or a CONFIG.yaml")
-    from rstar.recipes import load_config, rstar_math
     from rstar.recipes.training import train_from_files
 
-    overrides = [f"model.base={options.model}", *options.overrides]
-    if options.config:
-        config = load_config(options.config, overrides)[1]
-    else:
-        from rstar.config import load
-
-        config = load(rstar_math.Config, None, overrides)
-    print(train_from_files(options.what, Path(options.source), options.model, Path(options.out), config))
+    print(train_from_files(options))
     return 0
 
 

@@ -1,0 +1,44 @@
+"""Which rows are taken from one problem's trees, as `extract` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rstar.config import ExtractSection
+from rstar.extract.outcomes import outcome_rows
+from rstar.extract.preferences import preference_rows
+from rstar.extract.q_values import q_rows
+from rstar.extract.sft import sft_rows
+from rstar.search.tree_operations import merge
+from rstar.tree import Tree
+from rstar.types import SftRow
+
+
+def policy_rows(trees: Sequence[Tree], section: ExtractSection) -> list[SftRow]:
+    """SFT rows of one problem's trees."""
+    return sft_rows(_merged(trees, section), top=section.sft_top, min_synthetic_accuracy=section.min_synthetic_accuracy)
+
+
+def scorer_rows(trees: Sequence[Tree], section: ExtractSection, loss: str) -> list[Any]:
+    """One problem's rows for a loss of `ppm.loss`: pairs (PPM), Q rows (PQM) or outcomes (ORM)."""
+    trees = _merged(trees, section)
+    if loss != "pairwise":
+        return [row for tree in trees for row in (q_rows(tree) if loss == "mse" else outcome_rows(tree))]
+    return [
+        row
+        for tree in trees
+        for row in preference_rows(
+            tree,
+            positives=section.positives,
+            negatives=section.negatives,
+            min_margin=section.min_margin,
+            min_edit_distance=section.min_edit_distance,
+            answer_pairs=section.answer_pairs,
+            max_pairs=section.max_pairs_per_problem,
+        )
+    ]
+
+
+def _merged(trees: Sequence[Tree], section: ExtractSection) -> Sequence[Tree]:
+    return [merge(trees)] if section.merge_seeds and len(trees) > 1 else trees
