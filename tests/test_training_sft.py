@@ -118,6 +118,8 @@ def test_bfloat16_is_an_autocast_of_the_forward_pass_only(tiny_model: Path, tmp_
     assert curve(tmp_path / "bfloat16") != pytest.approx(curve(tmp_path / "float32"), rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto")
     assert {p.dtype for p in saved.parameters()} == {torch.float32}
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "bfloat16").iterdir()]
+    assert set(modes) == {0o644}  # others who share the storage may read a checkpoint
 
 
 def test_the_same_seed_gives_the_same_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o755)  # mkdtemp's 0700 would hide a checkpoint from the group on shared storage
         for path in temporary.rglob("*"):
             if path.is_file():
+                os.chmod(path, 0o644)  # as safetensors' own 0600 would
                 _fsync(path)
         _fsync(temporary)
         if folder.exists():
