@@ -51,7 +51,8 @@ class Node:
 
     @property
     def expanded(self) -> bool:
-        return bool(self.children)
+        """Whether its continuations were drawn; a dead end may have none."""
+        return bool(self.children) or self.terminal is TerminalReason.DEAD_END
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from aiohttp import web
 
 import rstar.engines.openai as module
 from rstar.config import EngineSection
-from rstar.engines.base import EngineError
+from rstar.engines.base import ContextOverflow, EngineError
 from rstar.engines.openai import OpenAIPolicy
 from rstar.types import PromptText, SamplingParams, UserError
 
@@ -306,6 +306,13 @@ async def test_a_refused_request_is_the_users_and_is_not_repeated(body: str) -> 
         with pytest.raises(UserError, match="400: context is 4096"):
             await policy.generate(PROMPT, SamplingParams())
     assert len(server.bodies) == 1
+
+
+async def test_a_prompt_past_the_servers_context_is_told_apart() -> None:
+    body = "This model's maximum context length is 4096 tokens"
+    async with serving(lambda _: web.Response(text=body, status=400)) as (_, policy):
+        with pytest.raises(ContextOverflow, match="4096"):
+            await policy.generate(PROMPT, SamplingParams())
 
 
 async def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from rstar.engines.base import EngineError
-from rstar.engines.simulated import SimulatedPolicy, arithmetic_score, arithmetic_script
+from rstar.engines.base import ContextOverflow, EngineError
+from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer, arithmetic_score, arithmetic_script
 from rstar.search.expand import Expander, Sampling, path_prompt
 from rstar.search.mcts import Mcts, puct, select, sequence_priors, uct
 from rstar.search.sample import sample
 from rstar.tree import Node, Tree
-from rstar.types import TerminalReason
+from rstar.types import Generation, PromptText, SamplingParams, TerminalReason
 from tests.fakes import answer, branching, choices, depth_of, finish, grow, problem, step
 
 
@@ -498,3 +499,49 @@ async def test_dead_end_and_exhausted_root_send_no_more_requests() -> None:
     expander = grow(lambda prompt, seed, index: step(1, "boom()"))
     await Mcts(expander).search(50, in_flight=4)
     assert expander.tree.engine_calls == 1 and expander.tree.rollouts_done <= 4
+
+
+class ShortContext:
+    """A policy or a scorer that takes no more than `limit` characters."""
+
+    def __init__(self, inner: SimulatedPolicy | SimulatedScorer, limit: int) -> None:
+        self.inner, self.limit = inner, limit
+
+    async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
+        self._check(prompt.text)
+        return await self.inner.generate(prompt, params)  # type: ignore[union-attr]
+
+    async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
+        self._check(prompt.text + max(("".join(c) for c in completions), key=len))
+        return await self.inner.score(prompt, completions)  # type: ignore[union-attr]
+
+    def _check(self, text: str) -> None:
+        if len(text) > self.limit:
+            raise ContextOverflow.of(len(text), self.limit)
+
+
+async def test_path_that_outgrows_the_context_is_a_dead_end_and_its_search_goes_on() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        if "<end_of_code>" in prompt:
+            return answer("1")
+        return finish("x" * 500) if index == 0 else finish("1")
+
+    expander = grow(script)
+    policy = ShortContext(SimulatedPolicy(script), 400)
+    expander.tools = replace(expander.tools, policy=policy)  # type: ignore[arg-type]
+    await Mcts(expander, c=2.0, selection="uct").search(4)
+    long, short = expander.tree.children(expander.tree.root)
+    assert long.terminal is TerminalReason.DEAD_END and long.q_value == -1.0 and "no room" in long.error
+    assert expander.tree.solved and short.q_value == 1.0
+
+
+async def test_candidate_too_long_for_the_scorer_leaves_the_others_their_scores() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        return finish("x" * 500) if index == 0 else finish("1")
+
+    expander = grow(script, score=lambda text: 0.5)
+    scorer = ShortContext(SimulatedScorer(lambda text: 0.5), 400)
+    expander.tools = replace(expander.tools, scorer=scorer)  # type: ignore[arg-type]
+    long, short = await expander.expand(expander.tree.root)
+    assert long.terminal is TerminalReason.MALFORMED and "too long" in long.error
+    assert short.terminal is None and short.ppm_value == 0.5

@@ -9,11 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rstar.types import Generation, PromptText, SamplingParams
+from rstar.types import Generation, PromptText, SamplingParams, UserError
 
 
 class EngineError(RuntimeError):
     """The engine itself failed (died, out of memory, unreachable): an infrastructure failure, never a model's fault."""
+
+
+class ContextOverflow(UserError):
+    """A prompt or a path that is longer than the model's context. It fails alone: a search goes on without it."""
+
+    @classmethod
+    def of(cls, tokens: int, limit: int) -> ContextOverflow:
+        """The error of an engine that knows both numbers."""
+        return cls(
+            f"{tokens} tokens",
+            need=f"1 to {limit} (engine.max_context and the model's own)",
+            how="raise engine.max_context, or lower search.max_depth or search.max_step_tokens",
+        )
 
 
 class Policy(Protocol):
@@ -22,8 +35,7 @@ class Policy(Protocol):
     async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
         """Return `params.n` samples of a continuation of `prompt`, in no promised order of quality.
 
-        Raises EngineError when the engine failed; UserError when the request can never work (prompt longer than the
-        model's context).
+        Raises EngineError when the engine failed, ContextOverflow when the prompt leaves no room in the context.
         """
         ...
 
@@ -38,7 +50,8 @@ class Scorer(Protocol):
     async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
         """Score each `prompt + completion` at the completion's last token; squashed to [-1, 1] (see squash).
 
-        A completion is a sequence of one or more segments, tokenised as in PromptText (never one bare string).
+        A completion is a sequence of one or more segments, tokenised as in PromptText (never one bare string). Raises
+        as Policy.generate.
         """
         ...
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from rstar.calculator import completion
 from rstar.config import EngineSection
+from rstar.engines.base import ContextOverflow
 from rstar.engines.hf_loop import Engine, Request, load_model, max_context, memory_limits
 from rstar.engines.hf_packed import pack_linears
 from rstar.engines.hf_prefix import SHARED_WORTH_WAITING, Match, PrefixCache, common_prefix
@@ -130,11 +131,7 @@ class HfPolicy(Engine[_Prompt]):
         ids = tuple(self.encoder.encode(prompt.segments))
         limit = min(params.max_tokens, self.max_context - len(ids))
         if limit < 1 or not ids:
-            raise UserError(
-                f"a prompt of {len(ids)} tokens",
-                need=f"1 to {self.max_context - 1} (engine.max_context and the model's own)",
-                how="raise engine.max_context, or lower search.max_depth or search.max_step_tokens",
-            )
+            raise ContextOverflow.of(len(ids), self.max_context - 1)
         if params.n < 1:
             return []
         future = asyncio.get_running_loop().create_future()

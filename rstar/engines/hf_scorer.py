@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rstar.config import EngineSection
-from rstar.engines.base import ValueHead, squash, value_head
+from rstar.engines.base import ContextOverflow, ValueHead, squash, value_head
 from rstar.engines.hf_loop import Engine, Request, load_model, max_context, memory_limits
 from rstar.engines.hf_packed import pack_linears
 from rstar.engines.hf_prefix import SHARED_WORTH_WAITING, Match, PrefixCache, common_prefix
@@ -76,11 +76,7 @@ class HfScorer(Engine[_Paths]):
         ids = [(*self.encoder.encode((*prompt.segments, *completion)), *self._end) for completion in completions]
         longest = max(map(len, ids))
         if longest > self.max_context or min(map(len, ids)) < 1:
-            raise UserError(
-                f"a path of {longest} tokens",
-                need=f"1 to {self.max_context} (engine.max_context and the model's own)",
-                how="raise engine.max_context, or lower search.max_depth or search.max_step_tokens",
-            )
+            raise ContextOverflow.of(longest, self.max_context)
         request = _Paths(future=asyncio.get_running_loop().create_future(), ids=ids)
         scores: list[float] = await self._submit(request)
         return scores

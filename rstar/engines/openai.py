@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from rstar.config import EngineSection
-from rstar.engines.base import EngineError
+from rstar.engines.base import ContextOverflow, EngineError
 from rstar.engines.stop_and_continue import stop_and_continue
 from rstar.tokens import load_tokenizer
 from rstar.types import Generation, JsonValue, PromptText, SamplingParams, Usage, UserError
@@ -163,7 +163,8 @@ class OpenAIPolicy:
                 return await self._post(session, prompt, params)
             if response.status >= 400:
                 message = self._redact(_message(text))
-                raise UserError(
+                overflow = "context_length_exceeded" in text or "maximum context length" in text
+                raise (ContextOverflow if overflow else UserError)(
                     f"{self._url} answered {response.status}: {message}",
                     need="a request the server takes",
                     how=self._mend(response.status),

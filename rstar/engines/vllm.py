@@ -27,7 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.transformers_utils.config import get_config
 
 from rstar.config import EngineSection
-from rstar.engines.base import EngineError, squash
+from rstar.engines.base import ContextOverflow, EngineError, squash
 from rstar.engines.stop_and_continue import stop_and_continue
 from rstar.tokens import SegmentEncoder, check_model_folder, load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams, Usage, UserError
@@ -113,11 +113,7 @@ class _VllmModel:
 
     def _check_length(self, ids: Sequence[int], room: int) -> None:
         if not 1 <= len(ids) <= self._context - room:
-            raise UserError(
-                f"a prompt of {len(ids)} tokens",
-                need=f"1 to {self._context - room} (engine.max_context and the model's own)",
-                how="raise engine.max_context, or lower search.max_depth or search.max_step_tokens",
-            )
+            raise ContextOverflow.of(len(ids), self._context - room)
 
 
 class VllmPolicy(_VllmModel):

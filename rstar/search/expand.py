@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rstar.engines.base import Policy, Scorer
+from rstar.engines.base import ContextOverflow, Policy, Scorer
 from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
 from rstar.search.together import together
 from rstar.tree import Node, Tree
@@ -136,7 +136,11 @@ class Expander:
             seed=self.tree.seed,
             adapter=sampling.adapter,
         )
-        generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
+        try:
+            generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
+        except ContextOverflow as error:  # a long printed output is enough; the node becomes a dead end
+            node.error = f"no room to go on: {error.got}"
+            return []
         self.tree.engine_calls += 1
         self.tree.tokens += sum(g.tokens for g in generations)
         return await self._classify(node, generations)
@@ -216,9 +220,16 @@ class Expander:
             [text for text, _ in segments(c.generation.text, printed + (c.execution.stdout if c.execution else ""))]
             for c in wanted
         ]
-        scores = await self.tools.scorer.score(path_prompt(self.tree, node), completions)
-        for candidate, score in zip(wanted, scores, strict=True):
-            candidate.ppm_value = score
+        prompt, score = path_prompt(self.tree, node), self.tools.scorer.score
+        try:
+            for candidate, value in zip(wanted, await score(prompt, completions), strict=True):
+                candidate.ppm_value = value
+        except ContextOverflow:  # of one of them: each by itself
+            for candidate, texts in zip(wanted, completions, strict=True):
+                try:
+                    (candidate.ppm_value,) = await score(prompt, [texts])
+                except ContextOverflow as error:
+                    candidate.terminal, candidate.error = TerminalReason.MALFORMED, f"too long: {error.got}"
 
     def add(self, node: Node, candidate: Candidate) -> Node:
         """Add a drawn text as a child of `node`; what it is worth already is backed up."""
