@@ -229,7 +229,7 @@ def test_searches_are_counted_off_by_seed(tmp_path: Path) -> None:
             for seed in range(12):  # as text "#10" comes before "#2"
                 writer.append(Tree(f"{problem.id}#{seed}", problem, ("Q",), seed=seed, tokens=10**seed, complete=True))
     made = SearchPass(tmp_path, SearchSection(seeds=list(range(12))), test_time=True)
-    found = read_records(q, made, [1, 3, 12], Settings(model=ModelSection(base="m")))
+    (found,) = read_records([(q, made, [1, 3, 12])], Settings(model=ModelSection(base="m")))
     assert [record.problem_id for record in found[3]] == ["p1", "p0"]
     assert [record.tokens for k in (1, 3) for record in found[k]] == [1, 1, 111, 111]
 

@@ -8,8 +8,9 @@ what is there, and other settings start folders of their own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_records, eval_search, problem_trees
 from rstar.report.progress import SearchProgress
 from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.tree import Tree
 from rstar.types import Problem, UserError
 
 METHODS = ("greedy", "sample", "maj", "bon", "beam", "dvts", "mcts")
@@ -210,12 +212,11 @@ def compare(
                 again = [(q, scored[f"sample {who}", q.name]) for q in sets]
                 _search(contender, f"scores by {who}", again, settings, verifier)
                 made |= scored
-            for (way, name), one in made.items():
-                q = next(q for q in sets if q.name == name)
-                ks = [1] if one.search.method == "sample" else [seed + 1 for seed in one.search.seeds]
-                found = read_records(q, one, ks, settings)
+            by_name = {q.name: q for q in sets}
+            wanted = [(by_name[name], one, _counts(one)) for (_, name), one in made.items()]
+            for ((way, name), one), found in zip(made.items(), read_records(wanted, settings), strict=True):
                 if way.startswith("sample"):
-                    plain = records.get((contender.name, name), {}).get("sample", {1: found[1]})
+                    plain = records.get((contender.name, name), {}).get("sample", found)
                     found = {one.search.rollouts: _with_costs(found[1], next(iter(plain.values())))}
                 records.setdefault((contender.name, name), {})[way] = found
     return measured(some, sets, methods, trajectories, records, top_k=section.top_k)
@@ -273,14 +274,31 @@ def _search(
         search_all(job, todo, settings.cluster, progress)
 
 
-def read_records(q: Questions, made: SearchPass, ks: Sequence[int], settings: Settings) -> Records:
-    """For every k the records of the first k trees of each problem, in the order of the problems."""
-    place = {problem.id: i for i, problem in enumerate(q.problems)}
-    groups = (sorted(trees, key=lambda tree: tree.seed) for trees in problem_trees(made.folder))
-    prefixes = (trees[:k] for trees in groups if trees[0].problem.id in place for k in ks)
-    found = asyncio.run(eval_records(prefixes, settings.sandbox))
-    in_order = sorted(range(len(found)), key=lambda i: place[found[i].problem_id])
-    return {k: [found[i] for i in in_order if i % len(ks) == n] for n, k in enumerate(ks)}
+def read_records(passes: Sequence[tuple[Questions, SearchPass, Sequence[int]]], settings: Settings) -> list[Records]:
+    """For every pass and k the records of the first k trees of each problem, in the order of the problems.
+
+    One call for all passes, because a grader that needs algebra starts a sandbox.
+    """
+
+    def prefixes(q: Questions, made: SearchPass, ks: Sequence[int]) -> Iterator[list[Tree]]:
+        wanted = {problem.id for problem in q.problems}
+        for trees in problem_trees(made.folder):
+            if trees[0].problem.id in wanted:
+                in_order = sorted(trees, key=lambda tree: tree.seed)
+                yield from (in_order[:k] for k in ks)
+
+    every = chain.from_iterable(prefixes(*one) for one in passes)
+    found = iter(asyncio.run(eval_records(every, settings.sandbox)))
+    read: list[Records] = []
+    for q, _, ks in passes:
+        by_id = {records[0].problem_id: records for records in ([next(found) for _ in ks] for _ in q.problems)}
+        read.append({k: [by_id[problem.id][n] for problem in q.problems] for n, k in enumerate(ks)})
+    return read
+
+
+def _counts(made: SearchPass) -> list[int]:
+    """How many trees of a problem stand for it: all samples are in one, searches are counted off."""
+    return [1] if made.search.method == "sample" else [seed + 1 for seed in made.search.seeds]
 
 
 def _with_costs(scored: Sequence[EvalRecord], samples: Sequence[EvalRecord]) -> list[EvalRecord]:
