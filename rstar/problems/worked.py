@@ -87,6 +87,26 @@ def worked_solution(problem: Problem) -> Worked | None:
     return Worked(tuple(steps), printed) if right else None
 
 
+def in_words(problem: Problem) -> str | None:
+    """The worked solution as text: a line per calculation with its numbers and result, the answer in the last line.
+
+    "add the next number: 19 - 4 = 15" ... "#### 15"; None where there is no worked solution.
+    """
+    worked = worked_solution(problem)
+    if worked is None:
+        return None
+    known: dict[str, str] = {}
+    lines = []
+    for thought, code in worked.steps:
+        for line in code.split("\n"):
+            name, equals, expression = line.partition(" = ")
+            if equals:
+                shown = re.sub(r"\b[A-Za-z_]\w*\b(?!\.|\()", lambda m: known.get(m[0], m[0]), expression)
+                known[name] = str(run(f"{name} = {shown}")[name]).removesuffix(".0")
+                lines.append(f"{thought}: {shown} = {known[name]}")
+    return "\n".join([*lines, f"#### {problem.answer}"])
+
+
 def run(code: str) -> dict[str, Number]:
     """The variables after a program of assignments of arithmetic, with Python's own int and float results.
 

@@ -1,0 +1,249 @@
+"""Flow-DPO (arXiv 2410.22304): an Answer and a Stop model, LoRA adapters of one base, learn online from rollouts.
+
+Round 0 measures the untrained flow and the single model, on the held-out problems and along the stream. Round 1 is the
+stream: each problem is predicted, recorded, and learned from (recipes.online_dpo). Round 2, which run.rounds=1 leaves
+out, is the compile stage: a fresh base is fine-tuned with LoRA on solutions of the same problems from three sources.
+
+Choices where the paper is silent, and deviations from it, each with its switch:
+
+F1  the Stop model's alternative at a node is the other word, and its pair the two words; the paper says only that both
+    models take part. No switch. What is neither Yes nor No counts as No.
+F2  a prediction is greedy, and it is the base chain itself; deviations are drawn at search.temperature=1, at most
+    search.candidates tries until one differs: search.chain_temperature=1 samples the chain (and the prediction).
+F3  after the last piece the Stop model is not asked: the answer so far counts. An empty piece ends the flow as well.
+F4  the reference is the model without the adapter, as it was before the stream. No switch.
+F5  a window of problems is searched with the same parameters, so that the engine is full: flow.window=1 is the paper's
+    order. The record says how old the parameters of each prediction were. With flow.overlap they are older by a window.
+F6  the learning rate is constant, the weight decay 0 (the paper names Adam and no schedule). Pairs that fill no batch
+    at the end of the stream are not learned from.
+F7  correct means the same value as the reference answer (rstar.grading), not the same text; no answer is wrong.
+F8  with search.form=steps a piece is a code step, run when it is written; the answer step ends the flow, so the Stop
+    model is asked before it only. text: pieces of words, search.max_step_tokens=160 each, search.max_depth=6 of them.
+F9  with warmup.enabled (SmolLM2; off by default) the base is first fine-tuned on worked solutions, and on Yes after a
+    whole one, No after a part of one: a 135M model can neither solve nor judge without.
+F10 the three arms of the compile stage hold the problems for which each has a correct solution, the first
+    compile.problems of them; the self-generated ones are the first correct of compile.samples draws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rstar.config import (
+    for_round,
+    to_dict,
+)
+from rstar.extract.flow_pairs import flow_pairs
+from rstar.problems import ProblemSet, load_problems
+from rstar.problems.generated import fresh
+from rstar.recipes.base_model import base_model
+from rstar.recipes.flow_compile import compile_stages
+from rstar.recipes.flow_figures import flow_table, margin_table, progressive_curve
+from rstar.recipes.flow_parts import (
+    Config,
+    adapters_of,
+    base_of,
+    finished_eval,
+    greedy_pass,
+    measured_accuracy,
+    reference_rows,
+    run_dir,
+    search,
+    search_job,
+    settings_of,
+    stop_rows,
+    trees_of,
+)
+from rstar.recipes.measuring import problem_trees
+from rstar.recipes.online_dpo import Prediction, read_stream, stream
+from rstar.report.progress import Line, TrainingProgress
+from rstar.rounds import RunDir, Stage, StageResult, input_digest
+from rstar.search.collect import SearchPass, SearchWorker, WorkItem
+from rstar.store import read_json, shards, write_rows
+from rstar.tree import Tree
+from rstar.types import Problem, UserError
+
+
+def stages(config: Config, number: int) -> list[Stage]:
+    """The stages of round `number` in order."""
+    run, config = run_dir(config), for_round(config, number)
+    if number == 0:
+        return [_base_stage(config, run), _frozen_stage(config, run)]
+    if number == 1:
+        return [_stream_stage(config, run), _trained_stage(config, run)]
+    return compile_stages(config, run, number)
+
+
+def check(config: Config) -> ProblemSet:
+    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
+    from rstar.tokens import check_tokenizer, load_tokenizer
+
+    if config.search.method != "flow" or config.search.seeds != [0]:
+        raise UserError(f"search.method={config.search.method}, seeds={config.search.seeds}", need="flow, seeds=[0]")
+    if config.engine.kind not in ("hf", "vllm"):
+        raise UserError(f"engine.kind={config.engine.kind}", need="hf or vllm, which load adapters as they are trained")
+    if config.run.rounds > 2 or config.flow.window < 1:
+        raise UserError(f"run.rounds={config.run.rounds}, flow.window={config.flow.window}", need="1 or 2; 1 or more")
+    problems = load_problems(config.problems)
+    if not problems.heldout or not problems.train:
+        raise UserError("no training or no held-out problems", need="both", how="see problems.*")
+    base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
+    check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
+    return problems
+
+
+# -- round 0 ---------------------------------------------------------------------------------------------------------
+
+
+def _base_stage(config: Config, run: RunDir) -> Stage:
+    here = run.round(0)
+    settings = {name: to_dict(getattr(config, name)) for name in ("model", "warmup", "problems")}
+    settings["search"] = {"form": config.search.form}
+
+    def work() -> StageResult:
+        base = base_model(config.model, run.path, seed=config.run.seed)
+        if not config.warmup.enabled:
+            return StageResult((), {"base": base})
+        from rstar.training.sft import train_policy
+
+        pool, own = load_problems(config.problems), config.warmup
+        problems = pool.train
+        if own.source == "families":
+            problems = tuple(fresh(config.problems, own.families, train=pool.train, heldout=pool.heldout))
+        rows = reference_rows(config, base, problems[: own.rows or None])
+        asked = {problem.id: problem for problem in problems}
+        rows += [said for row in rows for said in stop_rows(config, base, row, asked[row.problem_id])]
+        section = replace(
+            config.sft, epochs=own.epochs, learning_rate=own.learning_rate, batch_size=own.batch_size, lora_rank=0
+        )
+        with TrainingProgress("warm-up") as progress:
+            result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
+        return StageResult((here.policy,), {"base": base, **asdict(result)})
+
+    return Stage(here, "base", settings, dict, work)
+
+
+def _frozen_stage(config: Config, run: RunDir) -> Stage:
+    """The untrained flow and the single model; and held-out pairs, by which the adapters are judged later."""
+    here = run.round(0)
+
+    def work() -> StageResult:
+        pool = load_problems(config.problems)
+        folders = {name: here.eval / name for name in ("greedy", "flow", "stream-single", "stream-flow", "pairs")}
+        passes = [
+            greedy_pass(
+                config, folder, single=name in ("greedy", "stream-single"), graded=name != "greedy" and name != "flow"
+            )
+            for name, folder in folders.items()
+        ]
+        passes[-1] = replace(passes[-1], search=replace(config.search, rollouts=1))
+        sets = [pool.train if name.startswith("stream") else pool.heldout for name in folders]
+        search(config, search_job(config, base_of(config, run), passes), sets, "untrained flow and single model")
+        pairs = [row for (tree,) in problem_trees(folders["pairs"]) for row in flow_pairs(tree)]
+        write_rows(here.pairs, pairs)
+        methods = {name: measured_accuracy(config, folders[name]) for name in ("greedy", "flow")}
+        tables = [flow_table({"untrained flow": trees_of(folders["pairs"])})]
+        return finished_eval(here, methods, [], tables, [here.pairs, *(s for f in folders.values() for s in shards(f))])
+
+    return Stage(here, "eval", settings_of(config), lambda: {"base": input_digest(here, "base")}, work, resumes=True)
+
+
+# -- round 1: the stream ---------------------------------------------------------------------------------------------
+
+
+def _stream_stage(config: Config, run: RunDir) -> Stage:
+    here = run.round(1)
+
+    def work() -> StageResult:
+        from rstar.training.dpo import AdapterTrainer
+
+        problems = load_problems(config.problems).train
+        base = base_of(config, run)
+        trainer = AdapterTrainer(base, ["answer", "stop"], config.dpo, seed=config.run.seed)
+        one = SearchPass(here.path.resolve(), replace(config.search, rollouts=1))
+        worker = SearchWorker(replace(search_job(config, base, [one]), lora_rank=config.dpo.lora_rank), "w0")
+        line, seen, right = Line(), [0], [0]
+
+        async def tree_of(problem: Problem) -> Tree:
+            (tree,) = await worker.trees(WorkItem(0, problem))
+            return tree
+
+        async def serve(folder: Path) -> None:
+            await worker.load_adapters({role: str((folder / role).resolve()) for role in trainer.steps})
+
+        def show(predictions: Sequence[Prediction], steps: int) -> None:
+            seen[0], right[0] = seen[0] + len(predictions), right[0] + sum(p.correct for p in predictions)
+            last = predictions[-1].number + 1
+            rest = (len(problems) - last) * line.seconds / seen[0]
+            line.show(
+                f"stream: {last}/{len(problems)}  right {right[0] / seen[0]:.0%}  {steps} steps  {rest:.0f} s left",
+                final=last == len(problems),
+            )
+
+        async def run_stream() -> None:
+            try:
+                await worker.start()
+                await stream(
+                    problems, tree_of, trainer, serve, here.path, window=config.flow.window, batch=config.dpo.batch_size,
+                    overlap=config.flow.overlap, on_window=show,
+                )  # fmt: skip
+            finally:
+                await worker.close()
+
+        asyncio.run(run_stream())
+        predictions, steps = read_stream(here.path)
+        state = here.path / read_json(here.path / "stream.json")["checkpoint"]
+        counts = {
+            "problems": len(predictions), "correct": sum(p.correct for p in predictions), "steps": dict(trainer.steps),
+            "pairs": {role: sum(getattr(p, f"{role}_pairs") for p in predictions) for role in trainer.steps},
+            "staleness": sum(p.staleness for p in predictions) / max(1, len(predictions)),
+            "tokens": sum(p.tokens for p in predictions), "losses": [step["loss"] for step in steps],
+        }  # fmt: skip
+        return StageResult((here.path / "stream.jsonl", state, *shards(here.path)), counts)
+
+    settings = settings_of(config, "flow", "dpo")
+    return Stage(here, "stream", settings, lambda: {"base": input_digest(run.round(0), "base")}, work, resumes=True)
+
+
+def _trained_stage(config: Config, run: RunDir) -> Stage:
+    here, before = run.round(1), run.round(0)
+
+    def work() -> StageResult:
+        from rstar.training.data import read_rows
+        from rstar.training.dpo import AdapterTrainer
+        from rstar.types import PreferenceRow
+
+        folder, heldout = here.eval / "flow", load_problems(config.problems).heldout
+        search(
+            config,
+            search_job(config, base_of(config, run), [greedy_pass(config, folder)], adapters_of(run)),
+            [heldout],
+            "trained flow",
+        )
+        predictions, _ = read_stream(here.path)
+        outcomes = {"trained flow": [p.correct for p in predictions]}
+        for name, trees in (("frozen flow", "stream-flow"), ("single model", "stream-single")):
+            found = {tree.problem.id: tree.solved for tree in trees_of(before.eval / trees)}
+            outcomes[name] = [found[p.problem_id] for p in predictions]
+        trainer = AdapterTrainer(base_of(config, run), ["answer", "stop"], config.dpo, seed=config.run.seed)
+        pairs = read_rows(before.pairs, PreferenceRow)
+        kinds = {role: [row for row in pairs if row.kind == role] for role in trainer.steps}
+        fresh_margins = {role: trainer.margins(role, rows) for role, rows in kinds.items() if rows}
+        trainer.load(adapters_of(run))
+        margins = {role: (one, trainer.margins(role, kinds[role])) for role, one in fresh_margins.items()}
+        stale = sum(p.staleness for p in predictions) / max(1, len(predictions))
+        tables = [
+            flow_table({"untrained flow": trees_of(before.eval / "pairs"), "stream": trees_of(here.path)}),
+            margin_table(margins, dict(trainer.steps), stale),
+        ]
+        return finished_eval(
+            here, {"flow": measured_accuracy(config, folder)}, [progressive_curve(outcomes)], tables, shards(folder)
+        )
+
+    def inputs() -> dict[str, str]:
+        return {"stream": input_digest(here, "stream"), "frozen": input_digest(before, "eval")}
+
+    return Stage(here, "eval", settings_of(config), inputs, work, resumes=True)

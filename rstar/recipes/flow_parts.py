@@ -1,0 +1,195 @@
+"""What the stages of Flow-DPO share: config, rows of reference solutions, passes of the flow and their figures."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rstar.cluster import search_all
+from rstar.config import (
+    ClusterSection,
+    DpoSection,
+    EngineSection,
+    ModelSection,
+    ProblemsSection,
+    RunSection,
+    SandboxSection,
+    SearchSection,
+    TrainSection,
+    WarmupSection,
+    to_dict,
+)
+from rstar.problems import ProblemSet
+from rstar.problems.worked import in_words
+from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, step_prompt, stop_asked
+from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.measuring import problem_trees
+from rstar.recipes.verification import evaluated
+from rstar.report.progress import SearchProgress
+from rstar.rounds import RunDir, StageResult
+from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.store import read_json, write_json
+from rstar.tokens import question_wrapper
+from rstar.tree import Tree
+from rstar.types import Problem, PromptText, SftRow
+
+
+@dataclass(frozen=True)
+class FlowSection:
+    """The stream."""
+
+    window: int = 1  # problems searched at once with the same parameters
+    overlap: bool = False  # search a window while the one before it is learned from (more than one device)
+
+
+@dataclass(frozen=True)
+class CompileSection:
+    """The comparison of training solutions."""
+
+    problems: int = 1500  # of each arm
+    samples: int = 8  # draws of the single model for the self-generated arm
+    judge: EngineSection = field(default_factory=lambda: EngineSection(kind="openai"))
+    judged: int = 0  # problems whose flow and reference solutions a judge compares; 0: no judge
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run of this recipe reads."""
+
+    recipe: str = "flow_dpo"
+    run: RunSection = field(default_factory=lambda: RunSection(rounds=2))
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    sandbox: SandboxSection = field(default_factory=SandboxSection)
+    problems: ProblemsSection = field(default_factory=lambda: ProblemsSection(name="gsm8k"))
+    warmup: WarmupSection = field(default_factory=WarmupSection)
+    search: SearchSection = field(
+        default_factory=lambda: SearchSection(
+            method="flow", form="text", max_depth=6, max_step_tokens=160, candidates=4, temperature=1.0
+        )
+    )
+    flow: FlowSection = field(default_factory=FlowSection)
+    dpo: DpoSection = field(default_factory=DpoSection)
+    compile: CompileSection = field(default_factory=CompileSection)
+    sft: TrainSection = field(
+        default_factory=lambda: TrainSection(
+            epochs=3,
+            learning_rate=2e-4,
+            batch_size=16,
+            warmup_ratio=0.1,
+            weight_decay=0.0,
+            lora_rank=16,
+            lora_alpha=16,
+            lora_dropout=0.05,
+        )
+    )
+    rounds: dict[str, Any] = field(default_factory=dict)
+
+
+def run_dir(config: Config) -> RunDir:
+    """The run's folder: run.dir, or runs/<name>."""
+    return RunDir(Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name)
+
+
+def base_of(config: Config, run: RunDir) -> str:
+    if config.warmup.enabled:
+        return str(run.round(0).policy)
+    return base_model(config.model, run.path, seed=config.run.seed)
+
+
+def solution_text(problem: Problem) -> str:
+    """A reference solution in words: the data's own without annotations, else a worked one, else the answer alone."""
+    lines = [line for line in re.sub(r"<<[^<>]*>>", "", problem.solution).splitlines() if line.strip()]
+    own = "\n".join([*(line for line in lines if not line.startswith("####")), f"#### {problem.answer}"])
+    return own if lines else in_words(problem) or own
+
+
+def reference_rows(config: Config, base: str, problems: Sequence[Problem]) -> list[SftRow]:
+    """Reference solutions of problems: in words, or the programs of those that have one."""
+    wrap = question_wrapper(base, config.model)
+    if config.search.form == "steps":
+        from rstar.warmup import warmup_rows
+
+        pool = ProblemSet(tuple(problems), ())
+        return warmup_rows(WarmupSection(source="pool"), config.problems, pool, config.sandbox, wrap)
+    return [_row(problem, step_prompt(wrap(problem.question), "text"), solution_text(problem)) for problem in problems]
+
+
+def _row(problem: Problem, prompt: PromptText, text: str) -> SftRow:
+    return SftRow(
+        prompt=prompt.text, completion=text, segments=((text, True),), problem_id=problem.id,
+        tree_id=f"reference/{problem.id}", node_ids=(), prompt_segments=prompt.segments,
+    )  # fmt: skip
+
+
+def stop_rows(config: Config, base: str, solution: SftRow, problem: Problem) -> list[SftRow]:
+    """What a Stop model should say of the whole solution, and of a part of it."""
+    wrap = question_wrapper(base, replace(config.model, system=STOP_SYSTEM, few_shot=""))
+    borders, whole = split_stop_question(wrap, problem.question), [text for text, _ in solution.segments]
+    draw = random.Random(problem.id)
+    if len(whole) > 1:
+        part = whole[: draw.randrange(1, len(whole))]
+    else:
+        part = [whole[0][: draw.randrange(1, max(2, len(whole[0]) - 1))]]
+    return [_row(problem, stop_asked(borders, text), word) for text, word in ((whole, YES), (part, NO))]
+
+
+def greedy_pass(
+    config: Config, folder: Path, *, single: bool = False, graded: bool = False, **changes: Any
+) -> SearchPass:
+    """Greedy solutions by the flow, or by the single model with as many tokens."""
+    base = replace(config.search, deviations=False, rollouts=1)
+    if single:
+        tokens = config.search.max_step_tokens * (config.search.max_depth if config.search.form == "text" else 1)
+        base = replace(base, method="sample", temperature=0.0, max_step_tokens=tokens)
+    return SearchPass(folder.resolve(), replace(base, **changes), test_time=not graded)
+
+
+def search_job(config: Config, model: str, passes: Sequence[SearchPass], adapters: Path | None = None) -> SearchJob:
+    folders = {role: str((adapters / role).resolve()) for role in ("answer", "stop")} if adapters else {}
+    return SearchJob(
+        passes=tuple(passes), engine=config.engine, sandbox=config.sandbox, model=config.model, policy=absolute(model),
+        recipe=config.recipe, adapters=folders, lora_rank=config.dpo.lora_rank if adapters else 0,
+    )  # fmt: skip
+
+
+def search(config: Config, job: SearchJob, sets: Sequence[Sequence[Problem]], name: str) -> None:
+    todo = [item for i, problems in enumerate(sets) for item in unfinished(problems, job, i)]
+    total = sum(map(len, sets))
+    with SearchProgress(name, total=total, already=total - len(todo)) as progress:
+        search_all(job, todo, config.cluster, progress)
+
+
+def settings_of(config: Config, *more: str) -> dict[str, Any]:
+    return {name: to_dict(getattr(config, name)) for name in ("search", "problems", "model", *more)}
+
+
+def trees_of(folder: Path) -> list[Tree]:
+    return [tree for (tree,) in problem_trees(folder)]
+
+
+def measured_accuracy(config: Config, folder: Path) -> dict[str, Any]:
+    """Accuracy of the greedy solutions in a folder: one answer a problem."""
+    one = evaluated(folder, config.sandbox, oracle_only=True)
+    return {**one, "measures": {"accuracy": one["measures"]["oracle"]}}
+
+
+def finished_eval(
+    here: Any, methods: dict[str, Any], curves: list[Any], tables: list[Any], outputs: Sequence[Path]
+) -> StageResult:
+    write_json(here.eval_json, {"round": here.number, "methods": methods, "curves": curves, "tables": tables})
+    folder = here.path.resolve()
+    files = (here.eval_json, *(here.path / path.resolve().relative_to(folder) for path in outputs))
+    counts = {name: {k: v for k, v in one.items() if k != "records"} for name, one in methods.items()}
+    return StageResult(files, {**counts, "tables": tables})
+
+
+def adapters_of(run: RunDir) -> Path:
+    """The folder of the adapters that the stream ended with."""
+    here = run.round(1).path
+    return here / str(read_json(here / "stream.json")["checkpoint"])
