@@ -402,3 +402,22 @@ def test_code_steps_go_through_the_same_recipe(tmp_path: Path) -> None:
     assert nodes
     rows = [json.loads(line) for line in (folder / "round_01" / "outcomes.jsonl").read_text().splitlines()]
     assert any("print(" in row["completion"] and not row["segments"][-2][1] for row in rows)
+
+
+def test_verifier_learns_what_makes_solutions_right_on_questions_it_has_not_seen(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    labelled = [replace(row, label=float("way 1" in row.completion)) for row in made_up_outcomes(trees=14)]
+    train_rows = [row for row in labelled if int(row.problem_id[1:]) < 10]
+    section = replace(SECTION, epochs=12, batch_size=16, learning_rate=3e-3)
+    train_verifier(train_rows, made_up_solutions(10, 1), str(tiny_model), tmp_path / "v", section, seed=0)
+
+    async def scored(row: OutcomeRow) -> Candidate:
+        (score,) = await scorer.score(PromptText(row.prompt_segments), [[text for text, _ in row.segments]])
+        return Candidate("", score, 1, row.label == 1.0)
+
+    async def all_scored() -> list[Candidate]:
+        return [await scored(row) for row in labelled if row not in train_rows]
+
+    scorer = HfScorer(str(tmp_path / "v"), EngineSection(dtype="float32", device="cpu"))
+    assert (auc(asyncio.run(all_scored())) or 0.0) > 0.95
