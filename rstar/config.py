@@ -8,18 +8,16 @@ Per-round settings are overlays by string key: `rounds.r2.search.rollouts=16`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from rstar.overrides import file_layers, merge, override_node, schema_node, to_object
 from rstar.types import UserError
 
 T = TypeVar("T")
@@ -275,22 +273,18 @@ class EvalSection:
     top_k: int = 8  # voters among the trajectories, by PPM score
 
 
-SHORTHANDS = {"problems": "problems.name", "cluster": "cluster.address", "engine": "engine.kind", "model": "model.base"}
-"""`problems=gsm8k` on the command line means `problems.name=gsm8k`, and so on."""
-
-
 def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and `key=value` overrides into a frozen instance of `schema`.
 
     A YAML file may name another as `base: other.yaml` (relative to itself), whose values it overlays.
     Raises UserError for a missing file, broken YAML, an unknown key, or a value of the wrong type.
     """
-    merged = _schema_node(schema)
-    for layer in _file_layers(Path(path)) if path is not None else []:
-        merged = _merge(schema, merged, layer)
+    merged = schema_node(schema)
+    for layer in file_layers(Path(path)) if path is not None else []:
+        merged = merge(schema, merged, layer)
     for text in overrides:
-        merged = _merge(schema, merged, _override_node(text))
-    config = _to_object(schema, merged)
+        merged = merge(schema, merged, override_node(text))
+    config = to_object(schema, merged)
     rounds = getattr(config, "rounds", None)
     if isinstance(rounds, dict):
         for name in rounds:  # an overlay with a typo is found now, not in round 3
@@ -306,9 +300,9 @@ def for_round(config: T, number: int) -> T:
     if not overlay:
         return config
     schema = type(config)
-    merged = OmegaConf.merge(_schema_node(schema), OmegaConf.create(to_dict(config)))
-    return _to_object(
-        schema, _merge(schema, cast(DictConfig, merged), OmegaConf.create(dict(overlay)), f"rounds.r{number}.")
+    merged = OmegaConf.merge(schema_node(schema), OmegaConf.create(to_dict(config)))
+    return to_object(
+        schema, merge(schema, cast(DictConfig, merged), OmegaConf.create(dict(overlay)), f"rounds.r{number}.")
     )
 
 
@@ -328,102 +322,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _schema_node(schema: type[Any]) -> DictConfig:
-    """The schema as a node, made once (it takes a tenth of a second); merging copies it."""
-    if schema not in _nodes:
-        node = _nodes[schema] = OmegaConf.structured(schema)
-        OmegaConf.set_readonly(node, False)
-    return _nodes[schema]
-
-
-_nodes: dict[type[Any], DictConfig] = {}
-
-
-def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
-    if not path.is_file():
-        raise UserError(f"no config file {path}", need="a YAML file", how="see configs/ for shipped ones")
-    if path.resolve() in seen:
-        raise UserError(f"{path} is its own base", need="a chain of `base:` files that ends")
-    try:
-        node = OmegaConf.load(path)
-    except Exception as error:  # the YAML library raises its own family of errors
-        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(node, DictConfig):
-        raise UserError(f"{path} holds no mapping", need="`section:` keys at the top level")
-    base = node.pop("base", None)
-    below = _file_layers(path.parent / base, (*seen, path.resolve())) if base else []
-    return [*below, node]
-
-
-def _override_node(text: str) -> DictConfig:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"override {text!r}", need="key=value", how="for example search.rollouts=16")
-    section, dot, rest = key.strip().rpartition(".")
-    text = f"{section}{dot}{SHORTHANDS.get(rest, rest)}={value}"
-    try:
-        return OmegaConf.from_dotlist([text])
-    except Exception as error:  # YAML errors inside the value
-        raise UserError(f"override {text!r} has an unreadable value: {str(error).splitlines()[0]}") from error
-
-
-def _merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = "") -> DictConfig:
-    try:
-        return cast(DictConfig, OmegaConf.merge(base, layer))
-    except ConfigKeyError as error:
-        key = prefix + (error.full_key or str(error.key))
-        near = difflib.get_close_matches(key.removeprefix(prefix), keys(schema), n=1, cutoff=0.0)
-        hint = f"the nearest key is {prefix}{near[0]}" if near else ""
-        raise UserError(f"unknown key {key}", need="a key of this recipe's config", how=hint) from error
-    except OmegaConfBaseException as error:
-        key = error.full_key or str(next(iter(layer)))
-        reason = str(error).splitlines()[0].removeprefix("Merge error: ")
-        raise UserError(
-            f"{prefix}{key}: {reason}", need=_expected(schema, key), how="see `rstar config FILE`"
-        ) from error
-
-
-def _expected(schema: type[Any], key: str) -> str:
-    """What a dotted key takes, in words."""
-    kind: Any = schema
-    for name in key.split("[")[0].split("."):
-        kind = _field_types(cast(type[Any], kind)).get(name) if dataclasses.is_dataclass(kind) else None
-    if kind is None:
-        return ""
-    if dataclasses.is_dataclass(kind):
-        return f"a section with {', '.join(_field_types(cast(type[Any], kind)))}"
-    return str(getattr(kind, "__name__", kind)) if not typing.get_args(kind) else str(kind)
-
-
-def _to_object(schema: type[T], node: DictConfig) -> T:
-    try:
-        return cast(T, OmegaConf.to_object(node))
-    except OmegaConfBaseException as error:
-        raise UserError(
-            f"{error.full_key} has no value",
-            need=_expected(schema, error.full_key or ""),
-            how=f"set it: {error.full_key}=...",
-        ) from error
-
-
-def keys(schema: type[Any], prefix: str = "") -> list[str]:
-    """All dotted keys of a schema."""
-    found: list[str] = []
-    for name, kind in _field_types(schema).items():
-        found.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            found.extend(keys(cast(type[Any], kind), f"{prefix}{name}."))
-    return found
-
-
-def _field_types(schema: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
-    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
-
-
 def recipe_name(path: str | Path) -> str:
     """The `recipe:` key of a config file or of the files it is based on; rstar_math where none names one."""
-    for layer in reversed(_file_layers(Path(path))):
+    for layer in reversed(file_layers(Path(path))):
         if "recipe" in layer:
             return str(layer["recipe"])
     return "rstar_math"

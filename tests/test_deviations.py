@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rstar.config import PpmSection, SearchSection, TrainSection, keys
+from rstar.config import PpmSection, SearchSection, TrainSection
 from rstar.extract.sft import sft_rows
 from rstar.extract.trajectories import path_segments
+from rstar.overrides import keys
 from rstar.problems.agreement import agreeing_answer
 from rstar.recipes import load_config, rstar_math
 from rstar.rounds import RunDir
