@@ -12,7 +12,7 @@ from rstar.config import (
 )
 from rstar.extract.sft import sft_rows
 from rstar.problems import load_problems
-from rstar.recipes.flow_figures import arm_table
+from rstar.recipes.flow_figures import accuracy_table
 from rstar.recipes.flow_parts import (
     Config,
     adapters_of,
@@ -140,7 +140,9 @@ def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
             methods[f"SFT on {arm}"] = measured_accuracy(config, folder)
         untrained = read_json(run.round(0).eval_json)["methods"]["greedy"]
         record = here.record("extract")
-        tables = [arm_table({"none": untrained, **methods}, record.counts["rows"] if record else 0)]
+        rows = record.counts["rows"] if record else 0
+        note = f"one greedy solution of the single model, fine-tuned on {rows} solutions of the same problems"
+        tables = [accuracy_table("Compiled models", {"no fine-tuning": untrained, **methods}, note)]
         verdicts = asyncio.run(_judged(config, here.path)) if config.compile.judged else None
         if verdicts:
             heads = ["flow solutions against reference solutions", *verdicts]

@@ -41,7 +41,7 @@ from rstar.problems import ProblemSet, load_problems
 from rstar.problems.generated import fresh
 from rstar.recipes.base_model import base_model
 from rstar.recipes.flow_compile import compile_stages
-from rstar.recipes.flow_figures import flow_table, margin_table, progressive_curve
+from rstar.recipes.flow_figures import accuracy_table, flow_table, margin_table, progressive_curve
 from rstar.recipes.flow_parts import (
     Config,
     adapters_of,
@@ -187,8 +187,8 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
             try:
                 await worker.start()
                 await stream(
-                    problems, tree_of, trainer, serve, here.path, window=config.flow.window, batch=config.dpo.batch_size,
-                    overlap=config.flow.overlap, on_window=show,
+                    problems, tree_of, trainer, serve, here.path, window=config.flow.window,
+                    batch=config.dpo.batch_size, overlap=config.flow.overlap, on_window=show,
                 )  # fmt: skip
             finally:
                 await worker.close()
@@ -235,13 +235,18 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
         trainer.load(adapters_of(run))
         margins = {role: (one, trainer.margins(role, kinds[role])) for role, one in fresh_margins.items()}
         stale = sum(p.staleness for p in predictions) / max(1, len(predictions))
+        measured, untrained = measured_accuracy(config, folder), read_json(before.eval_json)["methods"]
+        accuracies = {
+            "single model": untrained["greedy"],
+            "untrained flow": untrained["flow"],
+            "trained flow": measured,
+        }
         tables = [
+            accuracy_table("Held-out problems", accuracies),
             flow_table({"untrained flow": trees_of(before.eval / "pairs"), "stream": trees_of(here.path)}),
             margin_table(margins, dict(trainer.steps), stale),
         ]
-        return finished_eval(
-            here, {"flow": measured_accuracy(config, folder)}, [progressive_curve(outcomes)], tables, shards(folder)
-        )
+        return finished_eval(here, {"flow": measured}, [progressive_curve(outcomes)], tables, shards(folder))
 
     def inputs() -> dict[str, str]:
         return {"stream": input_digest(here, "stream"), "frozen": input_digest(before, "eval")}

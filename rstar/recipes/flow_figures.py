@@ -82,15 +82,8 @@ def margin_table(margins: Mapping[str, tuple[Any, Any]], steps: Mapping[str, int
     return {"title": "Reward margins", "heads": heads, "rows": rows, "notes": [note]}
 
 
-def arm_table(methods: Mapping[str, Mapping[str, Any]], rows: int) -> Written:
-    """Held-out accuracy of the single model by what it was fine-tuned on (the paper's table 1)."""
-    found = [
-        [name, "0" if name == "none" else str(rows), measure(Measure(**one["measures"]["accuracy"]))]
-        for name, one in methods.items()
-    ]
-    return {
-        "title": "Compiled models",
-        "heads": ["fine-tuning", "solutions", "held-out accuracy, %"],
-        "rows": found,
-        "notes": [],
-    }
+def accuracy_table(title: str, methods: Mapping[str, Mapping[str, Any]], *notes: str) -> Written:
+    """Held-out accuracy of methods of eval.json."""
+    measures = {name: Measure(**one["measures"]["accuracy"]) for name, one in methods.items()}
+    rows = [[name, str(one.n), measure(one)] for name, one in measures.items()]
+    return {"title": title, "heads": ["", "problems", "held-out accuracy, %"], "rows": rows, "notes": list(notes)}

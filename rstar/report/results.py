@@ -64,6 +64,7 @@ class RoundResult:
     pairs_before: PairFigures | None  # PPM on held-out pairs (on its training pairs where none are held out)
     pairs_after: PairFigures | None
     pairs_heldout: bool
+    tables: tuple[Table, ...] = ()  # that the recipe has put into eval.json
 
     @property
     def greedy(self) -> Measure | None:
@@ -165,7 +166,8 @@ def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> Round
         return records[stage].counts if stage in records else {}
 
     search, extract, ppm = counts("search"), counts("extract"), counts("ppm") or counts("verifier")
-    evaluated = read_json(folder.eval_json)["methods"] if "eval" in records and folder.eval_json.exists() else {}
+    found = read_json(folder.eval_json) if "eval" in records and folder.eval_json.exists() else {"methods": {}}
+    evaluated = found["methods"]
     tokens = {"search": int(search["tokens"])} if "tokens" in search else {}
     tokens |= {f"eval {method}": int(one["tokens"]) for method, one in evaluated.items()}
     heldout = bool(ppm.get("heldout_after"))
@@ -190,7 +192,13 @@ def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> Round
         pairs_before=_pair_figures(ppm.get(f"{side}_before")),
         pairs_after=_pair_figures(ppm.get(f"{side}_after")),
         pairs_heldout=heldout,
+        tables=tuple(_recorded_table(folder.number, one) for one in found.get("tables", ())),
     )
+
+
+def _recorded_table(number: int, table: Mapping[str, Any]) -> Table:
+    rows, notes = (tuple(tuple(row) for row in table["rows"]), tuple(table.get("notes", ())))
+    return Table(f"round {number}: {table['title']}", ("",) * len(table["heads"]), tuple(table["heads"]), rows, notes)
 
 
 def _levels(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -341,7 +349,9 @@ def results_markdown(results: Results) -> str:
 
 
 def _tables(results: Results) -> list[Table]:
-    return [table for table in (main_table(results), verifier_table(results), training_table(results)) if table.rows]
+    recorded = [table for one in results.rounds for table in one.tables]
+    tables = [main_table(results), verifier_table(results), training_table(results), *recorded]
+    return [table for table in tables if table.rows]
 
 
 def _plain(table: Table) -> str:
@@ -359,7 +369,8 @@ def _plain(table: Table) -> str:
         for row in (table.heads, *table.rows)
     ]
     rule = "  ".join("-" * w for w in widths)
-    body = ["  ".join(over), lines[0], rule, *lines[1:]]
+    head = [table.title] if table.title else []
+    body = [*head, *(["  ".join(over)] if any(table.groups) else []), lines[0], rule, *lines[1:]]
     notes = (textwrap.fill(note, 100, initial_indent="  ", subsequent_indent="    ") for note in table.notes)
     return "\n".join([*(line.rstrip() for line in body), *notes])
 
@@ -367,7 +378,8 @@ def _plain(table: Table) -> str:
 def _markdown(table: Table) -> str:
     heads = [f"{group}: {head}" if group else head for group, head in zip(table.groups, table.heads, strict=True)]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    title = f"**{table.title}**\n\n" if table.title else ""
+    return title + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def share(solved: tuple[int, int] | None) -> str:

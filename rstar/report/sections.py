@@ -71,8 +71,8 @@ def curves(found: Results) -> str:
 
 
 def recorded(found: Results) -> str:
-    """The curves that a recipe has put into its rounds' eval.json: {title, x_name, series: {name: [[x, mean, low,
-    high]]}}, accuracies in [0, 1]."""
+    """The tables and curves that a recipe has put into its rounds' eval.json; a curve is {title, x_name, series: {name:
+    [[x, mean, low, high]]}}, accuracies in [0, 1]."""
     charts = []
     for one in found.rounds:
         path = RoundDir(found.run, one.number).eval_json
@@ -84,7 +84,8 @@ def recorded(found: Results) -> str:
             xs = sorted({point.x for line in series for point in line.points})
             title = f"Round {one.number}: {curve['title']}"
             charts.append(line_chart(title, series, [(x, f"{x:g}") for x in xs], x_name=curve["x_name"]))
-    return f"<div class=figures>{''.join(charts)}</div>" if charts else ""
+    tables = "".join(table_html(table) for one in found.rounds for table in one.tables)
+    return tables + (f"<div class=figures>{''.join(charts)}</div>" if charts else "")
 
 
 def _measured(rounds: Iterable[RoundResult], method: str, name: str) -> Iterable[Point]:

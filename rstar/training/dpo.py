@@ -6,7 +6,6 @@ optimizer. Chosen and rejected completions are packed behind their shared prompt
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -251,10 +250,3 @@ class AdapterTrainer:
         logprobs = logits[which, tensor(targets)] - normaliser[which]
         sums = torch.zeros(len(places), device=self.device).index_add(0, tensor(owner), logprobs)
         return sums.view(-1, 2)
-
-
-def newest_only(folder: Path, kept: Sequence[str]) -> None:
-    """Remove the checkpoints `step-*` of a folder but those named."""
-    for path in folder.glob("step-*"):
-        if path.name not in kept:
-            shutil.rmtree(path)
