@@ -20,7 +20,7 @@ LAYERS = {
     "cluster": 6, "stopping": 6, "report": 6,
     "recipes": 7, "doctor": 7,
     "comparison": 8,
-    "cli": 9, "__main__": 10,
+    "commands": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rstar import cli
+from rstar import cli, commands
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
 from rstar.rounds import RoundDir
 from rstar.search import collect
@@ -87,10 +87,10 @@ def rstar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rstar:
     monkeypatch.setattr(Policy, "stop_at", -1)
 
     def here(options: argparse.Namespace, number: int, stage: str) -> None:
-        module, config = cli._load(options)
+        module, config = commands.load_options(options)
         next(s for s in module.stages(config, number) if s.name == stage).execute()
 
-    monkeypatch.setattr(cli, "_run_process", here)
+    monkeypatch.setattr(commands, "_run_process", here)
 
     def run(command: str, *arguments: str, name: str = "run") -> int:
         where = [str(tmp_path / "config.yaml"), f"run.dir={tmp_path / name}"]

@@ -1,0 +1,218 @@
+"""What each command of `rstar` does. Heavy imports happen inside, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rstar.types import UserError
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def evolve(options: argparse.Namespace) -> int:
+    module, config = load_options(options)
+    if options.dry_run:
+        from rstar.recipes.plan import plan
+
+        print(plan(module, config))
+        return 0
+    run = module.run_dir(config)
+    if options.fresh and run.path.exists():
+        import shutil
+
+        run.acquire()
+        shutil.rmtree(run.path)
+        run.release()
+    return _drive(options, module, config, range(config.run.rounds + 1))
+
+
+def one_round(options: argparse.Namespace) -> int:
+    module, config = load_options(options)
+    return _drive(options, module, config, [options.number])
+
+
+def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers: Sequence[int]) -> int:
+    """Run the rounds' unfinished stages, each in a process of its own, and refresh the report after each round."""
+    from rstar.cluster import ray_session
+    from rstar.stopping import stop_on_signals
+
+    stop_on_signals()
+    run, begun, ran = module.run_dir(config), time.monotonic(), 0
+    run.acquire()
+    try:
+        problems = module.check(config)
+        print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
+        waiting = [s for number in numbers for s in module.stages(config, number)]
+        while waiting and waiting[0].finished() is not None:  # a missing earlier stage is found before Ray starts
+            waiting.pop(0)
+        if waiting:
+            with ray_session(config.cluster):
+                for stage in waiting:
+                    if stage.finished() is None:
+                        _run_process(options, stage.round.number, stage.name)
+                        ran += 1
+                    if stage.name == "eval":
+                        _refresh(run.path)
+        table = _refresh(run.path)
+    finally:
+        run.release()
+    print(("all done" if not ran else f"finished in {(time.monotonic() - begun) / 60:.1f} minutes") + "\n")
+    print(table)
+    print(f"\nreport: {run.path / 'report.html'}")
+    return 0
+
+
+def _run_process(options: argparse.Namespace, number: int, stage: str) -> None:
+    command = [sys.executable, "-m", "rstar", "stage", str(number), stage, options.config, *options.overrides]
+    from rstar.stopping import run_stage
+
+    code = run_stage(command)
+    if code:
+        raise UserError(
+            f"stage {stage} of round {number} ended with exit code {code}", how="mend it; the same command resumes"
+        )
+
+
+def _refresh(run: Path) -> str:
+    from rstar.report.html import write_report
+    from rstar.report.results import results, results_table
+
+    write_report(run)
+    return results_table(results(run))
+
+
+def one_stage(options: argparse.Namespace) -> int:
+    from rstar.stopping import stop_with_driver
+
+    stop_with_driver()
+    module, config = load_options(options)
+    for stage in module.stages(config, options.number):
+        if stage.name == options.stage:
+            stage.execute()
+            return 0
+    names = ", ".join(stage.name for stage in module.stages(config, options.number))
+    raise UserError(f"round {options.number} has no stage {options.stage}", need=f"one of {names}")
+
+
+def stage(options: argparse.Namespace) -> int:
+    from rstar.stopping import stop_on_signals
+
+    stop_on_signals()
+    module, config = load_options(options)
+    run = module.run_dir(config)
+    run.acquire()
+    try:
+        module.check(config)
+        from rstar.cluster import ray_session
+
+        for stage in module.stages(config, options.number):
+            if stage.name not in options.stages:
+                continue
+            if stage.finished() is not None:
+                print(f"{stage.round.path}: {stage.name} is done")
+                continue
+            with ray_session(config.cluster):
+                _run_process(options, options.number, stage.name)
+    finally:
+        run.release()
+    return 0
+
+
+def search(options: argparse.Namespace) -> int:
+    from rstar.recipes.regrow import Change, take_up
+
+    change = Change(options.rollouts, options.unsolved, options.seeds, options.rescore)
+    if change == Change():
+        return stage(options)
+    module, config = load_options(options)
+    run = module.run_dir(config)
+    run.acquire()
+    try:
+        module.check(config)
+        options.overrides = [
+            *options.overrides,
+            *take_up(module, config, (options.config, options.overrides), options.number, change),
+        ]
+    finally:
+        run.release()
+    stage(options)
+    print("these trees are described by, and `rstar evolve` goes on with:")
+    print(shlex.join(["rstar", "evolve", options.config, *options.overrides]))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    first, *rest = options.targets
+    if first.endswith((".yaml", ".yml")):
+        options.config, options.overrides, options.stages = first, [*rest, *options.overrides], ("eval",)
+        return stage(options)
+    from rstar.comparison.command import evaluate_models
+
+    texts = [*options.targets, *options.overrides]
+    settings = [text for text in texts if "=" in text and not Path(text).exists()]
+    print(evaluate_models([text for text in texts if text not in settings], settings, options))
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    if options.source.endswith((".yaml", ".yml")):
+        options.config, options.stages = options.source, (options.what,)
+        return stage(options)
+    from rstar.recipes.training import train_from_files
+
+    print(train_from_files(options))
+    return 0
+
+
+def load_options(options: argparse.Namespace) -> tuple[ModuleType, Any]:
+    from rstar.recipes import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+def show(options: argparse.Namespace) -> int:
+    from rstar.report.show import find_trees, problem_ids, show_tree
+
+    if not options.problem:
+        print("\n".join(problem_ids(Path(options.run))))
+        return 0
+    for tree in find_trees(Path(options.run), options.problem, options.number):
+        print(show_tree(tree, width=options.width))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from rstar.report.unsolved import unsolved_text
+
+    print(_refresh(Path(options.run)))
+    if unsolved := unsolved_text(Path(options.run), limit=options.unsolved):
+        print(f"\n{unsolved}")
+    print(f"\nreport: {Path(options.run) / 'report.html'}")
+    return 0
+
+
+def config(options: argparse.Namespace) -> int:
+    from rstar.config import to_yaml
+
+    print(to_yaml(load_options(options)[1]), end="")
+    return 0
+
+
+def doctor(_: argparse.Namespace) -> int:
+    from rstar.doctor import examine
+
+    checks = examine()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'} {check.name:<{width}}  {check.detail}")
+    return 0 if all(check.ok for check in checks) else 1
