@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rstar.config import DpoSection, EngineSection
@@ -17,11 +25,19 @@ from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
 from rstar.prompts import split_stop_question
+from rstar.recipes import load_config
+from rstar.recipes.flow_figures import progressive_accuracy, progressive_curve
+from rstar.recipes.flow_parts import adapters_of
+from rstar.recipes.judging import judge
+from rstar.recipes.online_dpo import read_stream, stream
+from rstar.report.results import results, results_table
+from rstar.rounds import RunDir
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.flow import flow
+from rstar.store import read_trees
 from rstar.training.dpo import AdapterTrainer, dpo_losses, encode_pair
 from rstar.tree import Tree
-from rstar.types import PreferenceRow, PromptText, SamplingParams, TerminalReason, UserError
+from rstar.types import PreferenceRow, Problem, PromptText, SamplingParams, TerminalReason, UserError
 from tests.fakes import LiteralSession, answer, exact_grade, finish, problem, step
 
 ASKED = "Is this the complete"
@@ -274,3 +290,191 @@ def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt(trainer: Adap
     assert cut.start == whole.start - 3 and cut.chosen.tolist() == whole.chosen[3:].tolist()
     with pytest.raises(UserError, match="completion"):
         encode_pair(PAIRS[0], trainer.encoder, 4)
+
+
+# -- the stream ------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A learner that remembers what it has stepped on; its checkpoints are lists of problems."""
+
+    def __init__(self) -> None:
+        self.steps = {"answer": 0, "stop": 0}
+        self.known: set[str] = set()
+        self.batches: list[list[str]] = []
+
+    def step(self, adapter: str, rows: Sequence[PreferenceRow]) -> dict[str, float]:
+        self.steps[adapter] += 1
+        self.known |= {row.problem_id for row in rows}
+        self.batches.append([row.problem_id for row in rows])
+        return {"loss": 1.0, "step": float(sum(self.steps.values()))}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "known.json").write_text(json.dumps([sorted(self.known), self.steps]))
+
+    def load(self, folder: Path) -> None:
+        known, self.steps = json.loads((folder / "known.json").read_text())
+        self.known = set(known)
+
+
+class Memorised:
+    """Searches with a model that solves exactly the problems its served checkpoint has learned from."""
+
+    def __init__(self) -> None:
+        self.served: set[str] = set()
+        self.searched: list[str] = []
+
+    async def serve(self, folder: Path) -> None:
+        self.served = set(json.loads((folder / "known.json").read_text())[0])
+
+    async def search(self, one: Problem) -> Tree:
+        self.searched.append(one.id)
+        known = one.id in self.served
+
+        def script(prompt: str, seed: int, index: int) -> str:
+            return "Yes" if ASKED in prompt else f"answer: {int(known) if index == 0 else int(not known)}"
+
+        tree = await asyncio.to_thread(grow, script)
+        tree.problem = one
+        return tree
+
+
+def run_stream(folder: Path, problems: Sequence[Problem], **options: Any) -> tuple[Memory, Memorised]:
+    learner, world = Memory(), Memorised()
+    asyncio.run(stream(problems, world.search, learner, world.serve, folder, **{"window": 1, "batch": 2, **options}))
+    return learner, world
+
+
+SOME = [problem("1", id=f"p{k}") for k in range(7)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_model_that_memorises_gains_nothing_in_progressive_accuracy(
+    tmp_path: Path, window: int, overlap: bool
+) -> None:
+    run_stream(tmp_path, SOME, window=window, batch=1, overlap=overlap)
+    predictions, steps = read_stream(tmp_path)
+    assert [p.problem_id for p in predictions] == [p.id for p in SOME] and len(steps) == 7
+    assert not any(p.correct for p in predictions)  # predicting after the update would make all of them right
+    first = [p.number // window * window for p in predictions]
+    older = [max(0, n - window) for n in first] if overlap else first
+    assert [p.learned for p in predictions] == older
+    assert [p.staleness for p in predictions] == [p.number - n for p, n in zip(predictions, older, strict=True)]
+    _, again = run_stream(tmp_path / "twice", [*SOME, *SOME], batch=1)
+    assert [p.correct for p in read_stream(tmp_path / "twice")[0]] == [False] * 7 + [True] * 7
+    assert len(again.searched) == 14
+
+
+def test_pairs_wait_for_a_full_batch_and_survive_a_restart(tmp_path: Path) -> None:
+    learner, _ = run_stream(tmp_path, SOME[:3], batch=4)
+    assert not learner.batches
+    learner, world = run_stream(tmp_path, SOME, batch=4)
+    assert world.searched == ["p3", "p4", "p5", "p6"] and learner.batches == [["p0", "p1", "p2", "p3"]]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000001"]
+
+
+def test_what_a_kill_left_behind_is_cut_and_the_record_has_no_gap_and_no_double(tmp_path: Path) -> None:
+    run_stream(tmp_path, SOME[:4], batch=2)
+    committed = {path: path.read_bytes() for path in tmp_path.glob("stream.*")}
+    run_stream(tmp_path, SOME[:6], batch=2)
+    lines = (tmp_path / "stream.jsonl").read_bytes()
+    checkpoint = json.loads(committed[tmp_path / "stream.json"])["checkpoint"]
+    (tmp_path / checkpoint).mkdir(exist_ok=True)  # the commit point was not replaced yet when the kill came
+    (tmp_path / checkpoint / "known.json").write_text(json.dumps([["p0", "p1", "p2", "p3"], {"answer": 2, "stop": 0}]))
+    (tmp_path / "stream.json").write_bytes(committed[tmp_path / "stream.json"])
+    (tmp_path / "stream.jsonl").write_bytes(lines + b'{"number": 6, "prob')
+    _, world = run_stream(tmp_path, SOME, batch=2)
+    predictions, steps = read_stream(tmp_path)
+    assert [p.number for p in predictions] == list(range(7)) and [p.problem_id for p in predictions] == [
+        p.id for p in SOME
+    ]
+    assert world.searched == ["p4", "p5", "p6"] and [s["step"] for s in steps] == [1, 2, 3]
+
+
+def test_progressive_accuracy_of_the_golden_outcomes() -> None:
+    found = progressive_accuracy([True, False, True, True])
+    assert [round(value, 4) for value in found] == [1.0, 0.5, 0.6667, 0.75]
+    points = progressive_curve({"flow": [True, False] * 50})["series"]["flow"]
+    assert len(points) == 12 and points[-1][:2] == [100, 0.5]
+
+
+def test_a_judge_that_prefers_what_comes_first_gives_ties() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        first = prompt.index("good") < prompt.index("bad") if "bad" in prompt else True
+        return "Both try. Verdict: " + ("A" if first else "B") if "bad" in prompt else "**Verdict: A**"
+
+    policy = SimulatedPolicy(script)
+    duels = [("q", "good", "bad"), ("q", "bad", "good"), ("q", "good", "good")]
+    assert asyncio.run(judge(policy, duels)) == {"won": 1, "lost": 1, "tied": 1}
+
+
+# -- the whole recipe on a toy model ---------------------------------------------------------------------------------
+
+CONFIG = "configs/flow_dpo/tiny.yaml"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run whose stream was killed in its middle."""
+    folder = tmp_path_factory.mktemp("runs") / "flow"
+    module, config = load_config(str(ROOT / CONFIG), [f"run.dir={folder}"])
+    module.check(config)
+    for stage in module.stages(config, 0):
+        stage.execute()
+    command = [sys.executable, "-m", "rstar", "stage", "1", "stream", CONFIG, f"run.dir={folder}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    record = folder / "round_01" / "stream.json"
+    deadline = time.monotonic() + 300
+    while not record.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    committed = json.loads(record.read_text())["problems"]
+    before = read_stream(record.parent)[0]
+    for number in (1, 2):
+        for stage in module.stages(config, number):
+            stage.execute()
+    assert committed in (4, 8) and read_stream(record.parent)[0][:committed] == before
+    return folder
+
+
+def test_the_stream_went_on_after_the_kill_without_gap_or_double_and_moved_both_adapters(run: Path) -> None:
+    predictions, steps = read_stream(run / "round_01")
+    assert [p.number for p in predictions] == list(range(12))
+    assert [p.learned for p in predictions] == [0] * 4 + [4] * 4 + [8] * 4
+    for role in ("answer", "stop"):
+        numbers = [one["step"] for one in steps if one["adapter"] == role]
+        assert numbers == list(range(1, len(numbers) + 1)) and numbers
+    assert len(list(read_trees(run / "round_01"))) == 12 and len(list((run / "round_01").glob("step-*"))) <= 2
+    for role in ("answer", "stop"):
+        found = load_file(adapters_of(RunDir(run)) / role / "adapter_model.safetensors")
+        assert any(value.abs().max() > 0 for name, value in found.items() if "lora_B" in name), role
+
+
+def test_the_run_reports_curves_margins_and_arms_of_equal_size(run: Path) -> None:
+    evaluated = json.loads((run / "round_01" / "eval.json").read_text())
+    (curve,) = evaluated["curves"]
+    assert set(curve["series"]) == {"trained flow", "frozen flow", "single model"}
+    predictions, _ = read_stream(run / "round_01")
+    assert curve["series"]["trained flow"][-1][:2] == [12, sum(p.correct for p in predictions) / 12]
+    text = results_table(results(run))
+    for title in ("round 1: Flows", "round 1: Reward margins", "round 2: Compiled models"):
+        assert title in text
+    files = {arm: run / "round_02" / f"{arm}.jsonl" for arm in ("reference", "self", "flow")}
+    rows = {arm: [json.loads(line) for line in path.read_text().splitlines()] for arm, path in files.items()}
+    problems = {arm: [row["problem_id"] for row in one] for arm, one in rows.items()}
+    assert problems["reference"] == problems["self"] == problems["flow"] != []
+    assert {row["prompt"] for row in rows["flow"]} == {row["prompt"] for row in rows["reference"]}
+    assert all(len(row["segments"]) == 1 for row in rows["flow"])
+
+
+def test_a_finished_run_is_not_run_again_and_another_window_is_refused(run: Path) -> None:
+    module, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}"])
+    assert all(stage.finished() for number in range(3) for stage in module.stages(config, number))
+    module, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}", "flow.window=2"])
+    with pytest.raises(UserError, match=r"flow\.window"):
+        module.stages(config, 1)[0].finished()
