@@ -15,6 +15,7 @@ from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer, arithmetic
 from rstar.search.expand import Expander, Sampling, path_prompt
 from rstar.search.mcts import Mcts, puct, select, sequence_priors, uct
 from rstar.search.sample import sample
+from rstar.search.tree_operations import rescore
 from rstar.tree import Node, Tree
 from rstar.types import Generation, PromptText, SamplingParams, TerminalReason
 from tests.fakes import answer, branching, choices, depth_of, finish, grow, problem, step
@@ -545,3 +546,19 @@ async def test_candidate_too_long_for_the_scorer_leaves_the_others_their_scores(
     long, short = await expander.expand(expander.tree.root)
     assert long.terminal is TerminalReason.MALFORMED and "too long" in long.error
     assert short.terminal is None and short.ppm_value == 0.5
+
+
+async def test_finished_answer_too_long_for_a_verifier_stays_unscored_and_the_others_are_scored() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        if "<end_of_code>" in prompt:
+            return answer("1")
+        return finish("x" * 500) if index == 0 else finish("1")
+
+    expander = grow(script, test_time=True, score=lambda text: 0.5)
+    scorer = ShortContext(SimulatedScorer(lambda text: 0.5), 600)
+    expander.tools = replace(expander.tools, scorer=scorer)  # type: ignore[arg-type]
+    await sample(expander, 2)
+    long, short = expander.tree.answers()
+    assert (long.ppm_value, short.ppm_value) == (None, 0.5) and short.q_value == 0.5
+    again = await rescore(expander.tree, ShortContext(SimulatedScorer(lambda text: -0.5), 600))  # type: ignore[arg-type]
+    assert [leaf.ppm_value for leaf in again.answers()] == [None, -0.5]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rstar.engines.base import ContextOverflow, Policy, Scorer
+from rstar.grading import extract_answer
 from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
 from rstar.search.together import together
 from rstar.tree import Node, Tree
@@ -53,7 +54,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     max_step_tokens: int = 256
-    form: str = "steps"  # text: a whole solution in words instead of executed steps; chunks: pieces of one
+    form: str = "steps"  # text, stated: a whole solution in words instead of executed steps; chunks: pieces of one
     adapter: str | None = None  # the LoRA adapter that writes
     calculator: bool = False  # results of annotations are written for the model
     max_depth: int = 16  # steps on a path, the answer step counts
@@ -77,6 +78,15 @@ class Candidate:
     ppm_value: float | None = None
 
 
+def stated_answer(text: str) -> Step | Malformed:
+    """Read words of any form by the answer that they state, where grading.extract_answer finds one."""
+    answer = extract_answer(text)
+    return Malformed("states no answer") if answer is None else Step(StepKind.ANSWER, text, answer=answer)
+
+
+_READ = {"text": parse_solution, "stated": stated_answer}
+
+
 def session_seed(problem: Problem, seed: int) -> int:
     """Seed of the untrusted programs' random numbers: depends on the problem and the tree's seed only."""
     return int.from_bytes(hashlib.sha256(f"{problem.id}\0{seed}".encode()).digest()[:4], "big")
@@ -92,6 +102,18 @@ def completion(tree: Tree, node: Node) -> list[str]:
     """The segments that `node` adds to the prompt of its parent: what a scorer reads of it."""
     printed = "".join(n.stdout for n in tree.path(node))
     return [text for text, _ in segments(node.text, printed)]
+
+
+async def scores(
+    scorer: Scorer, prompt: PromptText, completions: Sequence[Sequence[str]]
+) -> list[float | ContextOverflow]:
+    """As Scorer.score, but a completion that is too long for the scorer's context has its error, not all of them."""
+    try:
+        return list(await scorer.score(prompt, completions))
+    except ContextOverflow as error:
+        if len(completions) == 1:
+            return [error]
+    return [value for texts in completions for value in await scores(scorer, prompt, [texts])]
 
 
 class Expander:
@@ -170,7 +192,7 @@ class Expander:
             if candidate.generation.cut_off:
                 parsed: Step | Malformed = Malformed("cut off")
             else:
-                parsed = parse(text, after=after) if self.sampling.form == "steps" else parse_solution(text)
+                parsed = _READ[self.sampling.form](text) if self.sampling.form != "steps" else parse(text, after=after)
             if isinstance(parsed, Malformed):
                 candidate.terminal, candidate.error = TerminalReason.MALFORMED, parsed.reason
             else:
@@ -220,16 +242,12 @@ class Expander:
             [text for text, _ in segments(c.generation.text, printed + (c.execution.stdout if c.execution else ""))]
             for c in wanted
         ]
-        prompt, score = path_prompt(self.tree, node), self.tools.scorer.score
-        try:
-            for candidate, value in zip(wanted, await score(prompt, completions), strict=True):
+        found = await scores(self.tools.scorer, path_prompt(self.tree, node), completions)
+        for candidate, value in zip(wanted, found, strict=True):
+            if isinstance(value, ContextOverflow):
+                candidate.terminal, candidate.error = TerminalReason.MALFORMED, f"too long: {value.got}"
+            else:
                 candidate.ppm_value = value
-        except ContextOverflow:  # of one of them: each by itself
-            for candidate, texts in zip(wanted, completions, strict=True):
-                try:
-                    (candidate.ppm_value,) = await score(prompt, [texts])
-                except ContextOverflow as error:
-                    candidate.terminal, candidate.error = TerminalReason.MALFORMED, f"too long: {error.got}"
 
     def add(self, node: Node, candidate: Candidate) -> Node:
         """Add a drawn text as a child of `node`; what it is worth already is backed up."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from rstar.engines.base import Scorer
+from rstar.engines.base import ContextOverflow, Scorer
 from rstar.prompts import render
-from rstar.search.expand import Expander
+from rstar.search.expand import Expander, scores
 from rstar.tree import Tree
 from rstar.types import PromptText
 
@@ -34,8 +34,12 @@ async def sample(expander: Expander, n: int) -> None:
 
 
 async def score_answers(tree: Tree, scorer: Scorer) -> None:
-    """Give every finished answer its score, all of them in one call; an earlier score is exchanged."""
+    """Give every finished answer its score, all of them in one call; an earlier score is exchanged.
+
+    An answer whose path is too long for the scorer stays without one: it can be voted for, and ranks last.
+    """
     found = tree.answers()
     paths = [[text for text, _ in render([(n.text, n.stdout) for n in tree.path(leaf)])] for leaf in found]
-    for leaf, score in zip(found, await scorer.score(PromptText(tree.prompt), paths), strict=True):
-        tree.set_ppm_value(leaf, score)
+    for leaf, score in zip(found, await scores(scorer, PromptText(tree.prompt), paths), strict=True):
+        if not isinstance(score, ContextOverflow):
+            tree.set_ppm_value(leaf, score)

@@ -6,13 +6,13 @@ children, PPM priors aside.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from rstar.engines.base import Scorer
-from rstar.search.expand import completion, path_prompt
+from rstar.engines.base import ContextOverflow, Scorer
+from rstar.search.expand import completion, path_prompt, scores
+from rstar.search.together import together
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason, UserError
 
@@ -103,7 +103,8 @@ async def rescore(tree: Tree, scorer: Scorer, *, ppm: str = "") -> Tree:
     The prior of each node that was live at its creation is exchanged, and the returns stay. A tree that was
     terminal-guided gets the priors (and their visits: the tree's `ppm_prior_visits`) as if it had been PPM-augmented
     from its start; where its walks went stays as it was. Answers are scored only where they have no reward (test
-    time): their score is their return, so it is exchanged on the whole path.
+    time): their score is their return, so it is exchanged on the whole path. What is too long for the scorer keeps
+    the score it has.
     """
     new = copy.deepcopy(tree)
     wanted = [
@@ -114,16 +115,17 @@ async def rescore(tree: Tree, scorer: Scorer, *, ppm: str = "") -> Tree:
         ]
         for parent in new.nodes
     ]
-    scores = await asyncio.gather(
+    found = await together(
         *(
-            scorer.score(path_prompt(new, parent), [completion(new, child) for child in children])
+            scores(scorer, path_prompt(new, parent), [completion(new, child) for child in children])
             for parent, children in zip(new.nodes, wanted, strict=True)
             if children
         )
     )
-    for children, values in zip(filter(None, wanted), scores, strict=True):
+    for children, values in zip(filter(None, wanted), found, strict=True):
         for child, value in zip(children, values, strict=True):
-            new.set_ppm_value(child, value, new.settings.get("ppm_prior_visits", 1))
+            if not isinstance(value, ContextOverflow):
+                new.set_ppm_value(child, value, new.settings.get("ppm_prior_visits", 1))
     new.ppm = ppm
     new.settings["use_ppm"] = True
     return new
