@@ -127,6 +127,13 @@ def test_plot_and_markdown_are_whole(command: list[str]) -> None:
     assert "(paper," not in text  # a file of one's own has no figures of the paper beside it
 
 
+def test_samples_alone_are_plotted_though_nothing_chooses_among_them(tmp_path: Path) -> None:
+    q = Questions("q", tuple(Problem(f"p{i}", "?", "7") for i in range(2)), "", "")
+    found = measured([Contender("m", "m")], [q], ["sample"], [1, 4], {("m", "q"): by_hand()}, top_k=8)
+    write_comparison(found, Settings(model=ModelSection(base="m")), tmp_path)
+    assert "polyline" in (tmp_path / "accuracy_vs_tokens.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -137,6 +144,7 @@ def test_plot_and_markdown_are_whole(command: list[str]) -> None:
         (["m", "--benchmarks", "{sums}", "--methods", "mcts"], "--ppm"),
         (["m", "--benchmarks", "{sums}", "--methods", "best"], "bon"),
         (["m", "--benchmarks", "{sums}", "--trajectories", "4,x"], "--trajectories"),
+        (["m", "--benchmarks", "{sums}", "--methods", "maj", "--trajectories", "1"], "nothing to choose"),
         (["m", "m", "--benchmarks", "{sums}"], "twice"),
         (["a", "b", "c", "--ppm", "p", "--ppm", "q", "--benchmarks", "{sums}"], "one for each"),
         (["m", "--benchmarks", "{sums}", "serch.c=1"], "search"),

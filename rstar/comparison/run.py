@@ -198,6 +198,8 @@ def compare(
     trajectories = sorted(set(trajectories))
     if not trajectories or trajectories[0] < 1:
         raise UserError(f"--trajectories {','.join(map(str, trajectories))}", need="numbers from 1")
+    if trajectories == [1] and {"maj", "bon"}.issuperset(methods):
+        raise UserError(f"--trajectories 1 with {', '.join(methods)}", need="more: one sample leaves nothing to choose")
     section = replace(settings.eval, samples=trajectories[-1], trajectories=trajectories[-1])
     ways = list(dict.fromkeys("sample" if m in ("sample", "maj", "bon") else m for m in methods))
     records: dict[tuple[str, str], dict[str, Records]] = {}

@@ -179,8 +179,9 @@ def plot(found: Found) -> str:
     panels = []
     for q in found.questions:
         for contender in found.contenders:
-            own = [row for row in found.rows if (row.model, row.benchmark) == (contender.name, q.name) and row.choice]
-            panels.append((f"{q.name}, {contender.name}: accuracy, %", _panel(own)))
+            own = [row for row in found.rows if (row.model, row.benchmark) == (contender.name, q.name)]
+            panel = _panel([row for row in own if row.choice] or own)
+            panels.append((f"{q.name}, {contender.name}: accuracy, %", panel))
     columns = min(len(found.contenders), len(panels))
     wide, high = WIDTH + 20, HEIGHT + 34
     parts = []
