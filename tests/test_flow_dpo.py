@@ -27,7 +27,7 @@ from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
 from rstar.prompts import split_stop_question
 from rstar.recipes import load_config
 from rstar.recipes.flow_figures import progressive_accuracy, progressive_curve
-from rstar.recipes.flow_parts import adapters_of
+from rstar.recipes.flow_parts import adapters_of, reference_rows, single_pass, stop_rows
 from rstar.recipes.judging import judge
 from rstar.recipes.online_dpo import read_stream, stream
 from rstar.report.results import results, results_table
@@ -40,6 +40,8 @@ from rstar.tree import Tree
 from rstar.types import PreferenceRow, Problem, PromptText, SamplingParams, TerminalReason, UserError
 from tests.fakes import LiteralSession, answer, exact_grade, finish, problem, step
 
+CONFIG = "configs/flow_dpo/tiny.yaml"
+ROOT = Path(__file__).parent.parent
 ASKED = "Is this the complete"
 Script = Callable[[str, int, int], str]
 
@@ -173,6 +175,75 @@ def test_trees_of_flows_survive_the_disk_and_do_not_depend_on_what_was_ready_fir
     assert [flow_pairs(Tree.from_rows(rows))] == [flow_pairs(grow(worked))]
     assert [row["id"] for row in rows[1:]] == list(range(len(rows) - 1))
     assert all(row["parent"] is None or row["parent"] < row["id"] for row in rows[1:])
+
+
+# -- the numbered choices that no other test here pins ----------------------------------------------------------------
+
+
+def config_of(*overrides: str) -> Any:
+    return load_config(str(ROOT / CONFIG), list(overrides))[1]
+
+
+def test_f2_the_chain_is_greedy_by_default_and_deviations_are_drawn() -> None:
+    asked: list[tuple[float, int]] = []
+
+    class Watched(SimulatedPolicy):
+        async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Any]:
+            asked.append((params.temperature, params.n))
+            return await super().generate(prompt, params)
+
+    for temperature in (0.0, 0.7):
+        asked.clear()
+        tools = Tools(Watched(worked, count_tokens=len), None, lambda seed: LiteralSession(), exact_grade)  # type: ignore[arg-type,return-value]
+        tree = Tree(tree_id="p#0", problem=problem("1"), prompt=("Q: q\n",))
+        tree.settings["stop_borders"] = split_stop_question(str, "q")
+        sampling = Sampling(candidates=3, temperature=1.0, form="chunks", max_depth=6, max_step_tokens=1000)
+        asyncio.run(flow(Expander(tree, tools, sampling), chain_temperature=temperature))
+        assert {t for t, n in asked if n == 1} == {temperature} and [t for t, n in asked if n == 3] == [1.0, 1.0]
+
+
+def test_f4_f5_f6_switches_of_the_paper_are_the_defaults() -> None:
+    config = load_config(str(ROOT / "configs/flow_dpo/paper.yaml"), [])[1]
+    assert (config.dpo.beta, config.dpo.learning_rate, config.dpo.batch_size, config.flow.window) == (1.0, 5e-6, 32, 1)
+    assert (config.search.max_step_tokens, config.search.max_depth, config.compile.problems) == (160, 6, 1500)
+    assert (config.sft.lora_rank, config.sft.lora_alpha, config.sft.epochs, config.sft.learning_rate) == (
+        16,
+        16,
+        3,
+        2e-4,
+    )
+    assert (config.dpo.lora_rank, config.dpo.lora_alpha, config.dpo.lora_dropout) == (8, 8, 0.05)
+    assert (config.dpo, config.sft.batch_size) == (DpoSection(), 16)
+
+
+def test_f8_single_model_and_flow_have_the_same_room(tmp_path: Path) -> None:
+    one = single_pass(config_of(), tmp_path).search
+    assert (one.max_depth, one.max_step_tokens, one.deviations, one.seeds) == (1, 48, False, [0])
+    drawn = single_pass(config_of(), tmp_path, samples=3).search
+    assert (drawn.seeds, drawn.chain_temperature) == ([0, 1, 2], 1.0)
+    steps = single_pass(config_of("search.form=steps"), tmp_path).search
+    assert (steps.method, steps.temperature, steps.max_step_tokens) == ("sample", 0.0, 12)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["search.method=mcts", "engine.kind=openai", "flow.window=0", "problems.families.sums.heldout=0"]
+)
+def test_a_config_that_cannot_work_is_refused_before_a_model_is_loaded(wrong: str, tmp_path: Path) -> None:
+    module, config = load_config(str(ROOT / CONFIG), [wrong, f"run.dir={tmp_path}"])
+    with pytest.raises(UserError):
+        module.check(config)
+
+
+def test_f9_the_warm_up_says_yes_after_a_whole_solution_and_no_after_a_part(tiny_model: Path) -> None:
+    one = Problem("sums/0", "State the final answer: 12 + 7 - 4 =", "15", "chain_sum")
+    config = config_of()
+    (solution,) = reference_rows(config, str(tiny_model), [one])
+    assert solution.completion.splitlines()[1:] == ["subtract the next number: 19 - 4 = 15", "#### 15"]
+    yes, no = stop_rows(config, str(tiny_model), solution, one)
+    assert (yes.completion, no.completion) == ("Yes", "No")
+    parts = ["".join(row.prompt_segments[1:-1]) for row in (yes, no)]
+    assert parts[0] == solution.completion and parts[0].startswith(parts[1]) and 0 < len(parts[1]) < len(parts[0])
+    assert one.question in yes.prompt and yes.prompt_segments[0] == no.prompt_segments[0]
 
 
 # -- the loss and the adapters ---------------------------------------------------------------------------------------
@@ -411,9 +482,6 @@ def test_a_judge_that_prefers_what_comes_first_gives_ties() -> None:
 
 
 # -- the whole recipe on a toy model ---------------------------------------------------------------------------------
-
-CONFIG = "configs/flow_dpo/tiny.yaml"
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

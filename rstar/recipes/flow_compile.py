@@ -18,15 +18,16 @@ from rstar.recipes.flow_parts import (
     adapters_of,
     base_of,
     finished_eval,
-    greedy_pass,
+    flow_pass,
     measured_accuracy,
     reference_rows,
     search,
     search_job,
     settings_of,
-    trees_of,
+    single_pass,
 )
 from rstar.recipes.judging import judge
+from rstar.recipes.measuring import problem_trees
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest
 from rstar.store import read_json, shards, write_rows
@@ -55,18 +56,12 @@ def solutions_stage(config: Config, run: RunDir, number: int) -> Stage:
 
     def work() -> StageResult:
         pool, base = load_problems(config.problems).train, base_of(config, run)
-        mine = greedy_pass(
-            config,
-            here.path / "self",
-            single=True,
-            graded=True,
-            rollouts=config.compile.samples,
-            temperature=config.search.temperature,
-        )
+        mine = single_pass(config, here.path / "self", graded=True, samples=config.compile.samples)
         search(config, search_job(config, base, [mine]), [pool], "self-generated solutions")
-        flow = greedy_pass(config, here.path / "flow", graded=True)
+        flow = flow_pass(config, here.path / "flow", graded=True)
         search(config, search_job(config, base, [flow], adapters_of(run)), [pool], "the flow's solutions")
-        solved = {name: sum(tree.solved for tree in trees_of(here.path / name)) for name in ("self", "flow")}
+        found = {name: list(problem_trees(here.path / name)) for name in ("self", "flow")}
+        solved = {name: sum(any(tree.solved for tree in trees) for trees in one) for name, one in found.items()}
         return StageResult(
             (*shards(here.path / "self"), *shards(here.path / "flow")), {"problems": len(pool), "solved": solved}
         )
@@ -86,8 +81,8 @@ def arms_stage(config: Config, run: RunDir, number: int) -> Stage:
         for arm in ("self", "flow"):
             rows[arm] = [
                 _whole(row) if config.search.form == "text" else row
-                for tree in trees_of(here.path / arm)
-                for row in sft_rows([tree], top=1)
+                for trees in problem_trees(here.path / arm)
+                for row in sft_rows(trees, top=1)
             ]
         arms = {arm: {row.problem_id: row for row in found} for arm, found in rows.items()}
         shared = [p.id for p in pool if all(p.id in one for one in arms.values())][: config.compile.problems]
@@ -135,7 +130,7 @@ def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
         heldout, methods = load_problems(config.problems).heldout, dict[str, Any]()
         for arm in ARMS:
             folder = here.eval / arm
-            job = search_job(config, str(here.path / f"policy-{arm}"), [greedy_pass(config, folder, single=True)])
+            job = search_job(config, str(here.path / f"policy-{arm}"), [single_pass(config, folder)])
             search(config, job, [heldout], f"fine-tuned on {arm} solutions")
             methods[f"SFT on {arm}"] = measured_accuracy(config, folder)
         untrained = read_json(run.round(0).eval_json)["methods"]["greedy"]

@@ -47,13 +47,14 @@ from rstar.recipes.flow_parts import (
     adapters_of,
     base_of,
     finished_eval,
-    greedy_pass,
+    flow_pass,
     measured_accuracy,
     reference_rows,
     run_dir,
     search,
     search_job,
     settings_of,
+    single_pass,
     stop_rows,
     trees_of,
 )
@@ -134,8 +135,8 @@ def _frozen_stage(config: Config, run: RunDir) -> Stage:
         pool = load_problems(config.problems)
         folders = {name: here.eval / name for name in ("greedy", "flow", "stream-single", "stream-flow", "pairs")}
         passes = [
-            greedy_pass(
-                config, folder, single=name in ("greedy", "stream-single"), graded=name != "greedy" and name != "flow"
+            (single_pass if name in ("greedy", "stream-single") else flow_pass)(
+                config, folder, graded=name not in ("greedy", "flow")
             )
             for name, folder in folders.items()
         ]
@@ -219,7 +220,7 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
         folder, heldout = here.eval / "flow", load_problems(config.problems).heldout
         search(
             config,
-            search_job(config, base_of(config, run), [greedy_pass(config, folder)], adapters_of(run)),
+            search_job(config, base_of(config, run), [flow_pass(config, folder)], adapters_of(run)),
             [heldout],
             "trained flow",
         )

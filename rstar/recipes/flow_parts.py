@@ -139,15 +139,25 @@ def stop_rows(config: Config, base: str, solution: SftRow, problem: Problem) -> 
     return [_row(problem, stop_asked(borders, text), word) for text, word in ((whole, YES), (part, NO))]
 
 
-def greedy_pass(
-    config: Config, folder: Path, *, single: bool = False, graded: bool = False, **changes: Any
-) -> SearchPass:
-    """Greedy solutions by the flow, or by the single model with as many tokens."""
-    base = replace(config.search, deviations=False, rollouts=1)
-    if single:
-        tokens = config.search.max_step_tokens * (config.search.max_depth if config.search.form == "text" else 1)
-        base = replace(base, method="sample", temperature=0.0, max_step_tokens=tokens)
-    return SearchPass(folder.resolve(), replace(base, **changes), test_time=not graded)
+def flow_pass(config: Config, folder: Path, *, graded: bool = False) -> SearchPass:
+    """Base chains alone: one prediction of the flow for each problem."""
+    one = replace(config.search, deviations=False, rollouts=1)
+    return SearchPass(folder.resolve(), one, test_time=not graded)
+
+
+def single_pass(config: Config, folder: Path, *, graded: bool = False, samples: int = 0) -> SearchPass:
+    """The single model's greedy solutions, with as many tokens as the flow has; or `samples` drawn ones.
+
+    In words it is a flow of one piece, so that answers are read alike.
+    """
+    search, drawn = config.search, config.search.temperature if samples else config.search.chain_temperature
+    if search.form == "text":
+        whole = search.max_step_tokens * search.max_depth
+        one = replace(search, max_depth=1, max_step_tokens=whole, chain_temperature=drawn, deviations=False, rollouts=1)
+        one = replace(one, seeds=list(range(max(1, samples))))
+    else:
+        one = replace(search, method="sample", temperature=drawn, rollouts=max(1, samples))
+    return SearchPass(folder.resolve(), one, test_time=not graded)
 
 
 def search_job(config: Config, model: str, passes: Sequence[SearchPass], adapters: Path | None = None) -> SearchJob:
