@@ -510,6 +510,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_stream_went_on_after_the_kill_without_gap_or_double_and_moved_both_adapters(run: Path) -> None:
     predictions, steps = read_stream(run / "round_01")
     assert [p.number for p in predictions] == list(range(12))
@@ -523,6 +524,7 @@ def test_the_stream_went_on_after_the_kill_without_gap_or_double_and_moved_both_
         assert any(value.abs().max() > 0 for name, value in found.items() if "lora_B" in name), role
 
 
+@pytest.mark.slow
 def test_the_run_reports_curves_margins_and_arms_of_equal_size(run: Path) -> None:
     evaluated = json.loads((run / "round_01" / "eval.json").read_text())
     (curve,) = evaluated["curves"]
@@ -540,6 +542,7 @@ def test_the_run_reports_curves_margins_and_arms_of_equal_size(run: Path) -> Non
     assert all(len(row["segments"]) == 1 for row in rows["flow"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again_and_another_window_is_refused(run: Path) -> None:
     module, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}"])
     assert all(stage.finished() for number in range(3) for stage in module.stages(config, number))

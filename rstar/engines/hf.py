@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from rstar.calculator import completion
 from rstar.config import EngineSection
@@ -120,7 +121,12 @@ class HfPolicy(Engine[_Prompt]):
         if name in self._adapters:
             self.model.delete_adapter(name)
             self._batches.pop(name, None)
-        self.model.load_adapter(folder, adapter_name=name)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would list the other adapters' weights as missing
+        try:
+            self.model.load_adapter(folder, adapter_name=name)
+        finally:
+            logging.set_verbosity(verbosity)
         self._adapters.add(name)
 
     async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
