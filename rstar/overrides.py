@@ -15,8 +15,8 @@ from rstar.types import UserError
 
 T = TypeVar("T")
 
-SHORTHANDS = {"problems": "problems.name", "cluster": "cluster.address", "engine": "engine.kind", "model": "model.base"}
-"""`problems=gsm8k` on the command line means `problems.name=gsm8k`, and so on."""
+SHORTHANDS = {"problems": "name", "cluster": "address", "engine": "kind", "model": "base"}
+"""`problems=gsm8k` means `problems.name=gsm8k`, and so on, where the key is a section."""
 
 
 def schema_node(schema: type[Any]) -> DictConfig:
@@ -49,11 +49,9 @@ def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
 
 def override_node(text: str) -> DictConfig:
     """One `key=value` as a node."""
-    key, equals, value = text.partition("=")
+    key, equals, _ = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {text!r}", need="key=value", how="for example search.rollouts=16")
-    section, dot, rest = key.strip().rpartition(".")
-    text = f"{section}{dot}{SHORTHANDS.get(rest, rest)}={value}"
     try:
         return OmegaConf.from_dotlist([text])
     except Exception as error:  # YAML errors inside the value
@@ -62,6 +60,7 @@ def override_node(text: str) -> DictConfig:
 
 def merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = "") -> DictConfig:
     """`layer` over `base`. Raises UserError with the nearest key, or with what the key takes."""
+    _spell_out(layer, base)
     try:
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except ConfigKeyError as error:
@@ -75,6 +74,21 @@ def merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = 
         raise UserError(
             f"{prefix}{key}: {reason}", need=_expected(schema, key), how="see `rstar config FILE`"
         ) from error
+
+
+def _spell_out(layer: DictConfig, base: DictConfig) -> None:
+    """Replace shorthands in `layer` by the keys they stand for."""
+    for name, value in list(layer.items()):
+        below = base[name] if name in base else None
+        if name == "rounds" and isinstance(value, DictConfig):
+            for overlay in value.values():
+                if isinstance(overlay, DictConfig):
+                    _spell_out(overlay, base)
+        elif isinstance(below, DictConfig):
+            if isinstance(value, DictConfig):
+                _spell_out(value, below)
+            elif name in SHORTHANDS:
+                layer[name] = {SHORTHANDS[str(name)]: value}
 
 
 def _expected(schema: type[Any], key: str) -> str:

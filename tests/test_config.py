@@ -33,6 +33,15 @@ def test_override_beats_file_beats_base(tmp_path: Path) -> None:
     assert (config.model.base, config.search.rollouts, config.search.c) == ("a", 5, 0.5)
 
 
+def test_shorthand_is_for_sections_only_and_holds_in_rounds() -> None:
+    settings = ["eval.problems=6", "engine.model=m", "bootstrap.engine=hf", "rounds.r2.engine=vllm"]
+    config = load(Config, None, ["model=b", *settings, "rounds.r2.engine.max_batch=3", "rounds.r2.eval.problems=2"])
+    assert (config.eval.problems, config.engine.model, config.bootstrap.engine.kind) == (6, "m", "hf")
+    second = for_round(config, 2)
+    assert (second.engine.kind, second.engine.max_batch, second.engine.model) == ("vllm", 3, "m")
+    assert (second.eval.problems, config.model.base) == (2, "b")
+
+
 def test_shorthand_names_a_section(tmp_path: Path) -> None:
     config = load(Config, None, ["model=m", "problems=gsm8k", "problems.path=x.jsonl", "cluster=inline", "engine=vllm"])
     assert (config.model.base, config.problems.name, config.problems.path) == ("m", "gsm8k", "x.jsonl")
