@@ -13,6 +13,7 @@ import yaml
 from rstar.cli import run as rstar
 from rstar.config import ProblemsSection, SearchSection, for_round
 from rstar.recipes import load_config
+from rstar.recipes.measuring import problem_limit
 from rstar.recipes.plan import Rates, measured, plan, problem_counts, search_cost
 from rstar.rounds import RunDir
 from rstar.tokens import load_few_shot
@@ -134,6 +135,15 @@ def test_plan_tells_done_from_to_do_and_estimates_from_what_was_measured(tmp_pat
     assert f"as in round 1: {round(rollouts * 3 * 4 * 20):,} tokens" in second  # expansions x candidates x tokens
     _, other = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", "rounds.r1.search.c=1"])
     assert "search     refused" in plan(module, other) and "search.c: 2.0 -> 1.0" in plan(module, other)
+
+
+def test_fewer_problems_for_searches_hold_for_every_search_and_for_nothing_else(tmp_path: Path) -> None:
+    settings = ["eval.methods=[greedy,sample,beam,mcts]", "eval.problems=6", "eval.search_problems=3"]
+    module, config = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", *settings])
+    lines = re.findall(r"(\d+) problems by (\w+)", plan(module, config).split("\nround 2")[1])
+    assert lines == [("6", "greedy"), ("6", "sample"), ("3", "beam"), ("3", "mcts")]
+    assert [problem_limit(method, config.eval) for method in config.eval.methods] == [6, 6, 3, 3]
+    assert problem_limit("greedy", replace(config.eval, problems=0)) is None
 
 
 def test_problem_counts_of_sources_that_are_not_there(tmp_path: Path) -> None:

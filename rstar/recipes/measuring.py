@@ -77,6 +77,12 @@ def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, wi
     }
 
 
+def problem_limit(method: str, section: EvalSection) -> int | None:
+    """How many of the held-out problems a method is measured on; None: all."""
+    limits = (section.problems, section.search_problems if method in ("beam", "dvts", "mcts") else 0)
+    return min(filter(None, limits), default=None)
+
+
 def evaluate(method: str, folder: Path, section: EvalSection, sandbox: SandboxSection) -> dict[str, Any]:
     """Grade the trees of one method and measure them."""
     records = asyncio.run(eval_records(problem_trees(folder), sandbox))

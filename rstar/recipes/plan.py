@@ -11,7 +11,7 @@ from typing import Any
 from rstar.config import ProblemsSection, SearchSection, TrainSection, for_round
 from rstar.problems import BENCHMARKS, load_problems
 from rstar.recipes import rstar_math
-from rstar.recipes.measuring import eval_passes
+from rstar.recipes.measuring import eval_passes, problem_limit
 from rstar.report.results import count
 from rstar.rounds import RunDir, Stage
 from rstar.types import UserError
@@ -180,12 +180,13 @@ def _details(
             loss = {"pairwise": "pairwise ranking", "mse": "Q regression", "bce": "outcomes"}.get(config.ppm.loss, "")
             return [f"from this round's policy: {_training(config.ppm)}, {loss}"], 0.0
     passes = eval_passes(config.eval, search, stage.round.eval, with_ppm=number > 0)
-    costs = {m: search_cost(one.search, _measured_on(config, m, heldout), rates) for m, one in passes.items()}
+    sizes = {m: min(heldout, problem_limit(m, config.eval) or heldout) for m in passes}
+    costs = {m: search_cost(one.search, sizes[m], rates) for m, one in passes.items()}
     tokens = sum(cost.tokens for cost in costs.values())
     if record is not None:
         tokens = float(sum(record.counts[m]["tokens"] for m in costs if m in record.counts))
     source = "measured" if record is not None else rates.source
-    texts = [f"{_measured_on(config, m, heldout)} problems by {m}{_how(one.search)}" for m, one in passes.items()]
+    texts = [f"{sizes[m]} problems by {m}{_how(one.search)}" for m, one in passes.items()]
     return [*texts, f"{source}: {count(round(tokens))} tokens"], tokens
 
 
@@ -202,11 +203,6 @@ def _training(section: TrainSection) -> str:
         f"{section.epochs:g} epoch{'s' * (section.epochs != 1)}, batch {section.batch_size}, "
         f"lr {section.learning_rate:g} {section.schedule}, {section.max_length} tokens{rank}"
     )
-
-
-def _measured_on(config: rstar_math.Config, method: str, heldout: int) -> int:
-    limits = [config.eval.problems, config.eval.search_problems if method != "greedy" else 0]
-    return min([heldout, *(limit for limit in limits if limit)])
 
 
 def _how(search: SearchSection) -> str:

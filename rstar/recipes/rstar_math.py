@@ -77,7 +77,7 @@ from rstar.extract.sft import sft_rows
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import eval_passes, evaluate, problem_trees, tree_counts
+from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest
 from rstar.search.collect import SearchJob, SearchPass, unfinished
@@ -388,7 +388,7 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
         return {"policy": input_digest(here, "policy"), "ppm": input_digest(here, "ppm")}
 
     def work() -> StageResult:
-        heldout = load_problems(config.problems).heldout[: config.eval.problems or None]
+        heldout = load_problems(config.problems).heldout
         passes = eval_passes(config.eval, config.search, here.eval, with_ppm=number > 0)
         job = SearchJob(
             passes=tuple(passes.values()),
@@ -398,7 +398,7 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
             policy=absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
             ppm=absolute(str(here.ppm)) if number else "",
         )
-        sets = {m: heldout if m != "mcts" else heldout[: config.eval.search_problems or None] for m in passes}
+        sets = {m: heldout[: problem_limit(m, config.eval)] for m in passes}
         todo = [item for i, m in enumerate(passes) for item in unfinished(sets[m], job, i)]
         total = sum(len(problems) for problems in sets.values())
         with SearchProgress(f"round {number} evaluation", total=total, already=total - len(todo)) as progress:
