@@ -79,7 +79,7 @@ def merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = 
 def _spell_out(layer: DictConfig, base: DictConfig) -> None:
     """Replace shorthands in `layer` by the keys they stand for."""
     for name, value in list(layer.items()):
-        below = base[name] if name in base else None
+        below = base.get(name, None)
         if name == "rounds" and isinstance(value, DictConfig):
             for overlay in value.values():
                 if isinstance(overlay, DictConfig):
