@@ -226,7 +226,14 @@ def test_f8_single_model_and_flow_have_the_same_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["search.method=mcts", "engine.kind=openai", "flow.window=0", "problems.families.sums.heldout=0"]
+    "wrong",
+    [
+        "search.method=mcts",
+        "engine.kind=openai",
+        "flow.window=0",
+        "compile.judged=3",
+        "problems.families.sums.heldout=0",
+    ],
 )
 def test_a_config_that_cannot_work_is_refused_before_a_model_is_loaded(wrong: str, tmp_path: Path) -> None:
     module, config = load_config(str(ROOT / CONFIG), [wrong, f"run.dir={tmp_path}"])

@@ -73,6 +73,7 @@ def solutions_stage(config: Config, run: RunDir, number: int) -> Stage:
 
 
 def arms_stage(config: Config, run: RunDir, number: int) -> Stage:
+    """The rows of every arm: the same problems, a correct solution each."""
     here = run.round(number)
 
     def work() -> StageResult:
@@ -105,6 +106,7 @@ def _whole(row: SftRow) -> SftRow:
 
 
 def policy_stage(config: Config, run: RunDir, number: int, arm: str) -> Stage:
+    """A fresh base fine-tuned on one arm, LoRA merged."""
     here = run.round(number)
 
     def work() -> StageResult:
@@ -124,6 +126,7 @@ def policy_stage(config: Config, run: RunDir, number: int, arm: str) -> Stage:
 
 
 def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
+    """The arms' models on the held-out problems, and a judge's opinion of the flow's solutions where one is asked for."""
     here = run.round(number)
 
     def work() -> StageResult:

@@ -88,6 +88,8 @@ def check(config: Config) -> ProblemSet:
         raise UserError(f"engine.kind={config.engine.kind}", need="hf or vllm, which load adapters as they are trained")
     if config.run.rounds > 2 or config.flow.window < 1:
         raise UserError(f"run.rounds={config.run.rounds}, flow.window={config.flow.window}", need="1 or 2; 1 or more")
+    if config.compile.judged and config.compile.judge.kind == "openai" and not config.compile.judge.url:
+        raise UserError("compile.judged without a judge", need="its server", how="set compile.judge.url and .model")
     problems = load_problems(config.problems)
     if not problems.heldout or not problems.train:
         raise UserError("no training or no held-out problems", need="both", how="see problems.*")

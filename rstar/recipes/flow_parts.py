@@ -97,6 +97,7 @@ def run_dir(config: Config) -> RunDir:
 
 
 def base_of(config: Config, run: RunDir) -> str:
+    """What adapters and compiled models start from: the warm-up where there is one, else the base model."""
     if config.warmup.enabled:
         return str(run.round(0).policy)
     return base_model(config.model, run.path, seed=config.run.seed)
@@ -161,6 +162,7 @@ def single_pass(config: Config, folder: Path, *, graded: bool = False, samples: 
 
 
 def search_job(config: Config, model: str, passes: Sequence[SearchPass], adapters: Path | None = None) -> SearchJob:
+    """What a search worker needs; `adapters` is a checkpoint of training.dpo."""
     folders = {role: str((adapters / role).resolve()) for role in ("answer", "stop")} if adapters else {}
     return SearchJob(
         passes=tuple(passes), engine=config.engine, sandbox=config.sandbox, model=config.model, policy=absolute(model),
@@ -169,6 +171,7 @@ def search_job(config: Config, model: str, passes: Sequence[SearchPass], adapter
 
 
 def search(config: Config, job: SearchJob, sets: Sequence[Sequence[Problem]], name: str) -> None:
+    """Run the passes of a job, each on its own problems, from where they stand."""
     todo = [item for i, problems in enumerate(sets) for item in unfinished(problems, job, i)]
     total = sum(map(len, sets))
     with SearchProgress(name, total=total, already=total - len(todo)) as progress:
@@ -176,10 +179,15 @@ def search(config: Config, job: SearchJob, sets: Sequence[Sequence[Problem]], na
 
 
 def settings_of(config: Config, *more: str) -> dict[str, Any]:
-    return {name: to_dict(getattr(config, name)) for name in ("search", "problems", "model", *more)}
+    """The sections that every stage with a search reads, and `more`."""
+    found = {name: to_dict(getattr(config, name)) for name in ("search", "problems", "model", *more)}
+    for key in ("trees_in_flight", "rollouts"):  # change nothing that comes out
+        del found["search"][key]
+    return found
 
 
 def trees_of(folder: Path) -> list[Tree]:
+    """The trees of a folder with one tree a problem."""
     return [tree for (tree,) in problem_trees(folder)]
 
 
@@ -192,6 +200,7 @@ def measured_accuracy(config: Config, folder: Path) -> dict[str, Any]:
 def finished_eval(
     here: Any, methods: dict[str, Any], curves: list[Any], tables: list[Any], outputs: Sequence[Path]
 ) -> StageResult:
+    """Write eval.json, which the report reads, and say what the stage has made."""
     write_json(here.eval_json, {"round": here.number, "methods": methods, "curves": curves, "tables": tables})
     folder = here.path.resolve()
     files = (here.eval_json, *(here.path / path.resolve().relative_to(folder) for path in outputs))
