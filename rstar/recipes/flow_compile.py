@@ -126,7 +126,7 @@ def policy_stage(config: Config, run: RunDir, number: int, arm: str) -> Stage:
 
 
 def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
-    """The arms' models on the held-out problems, and a judge's opinion of the flow's solutions where one is asked for."""
+    """The arms' models on the held-out problems; a judge's opinion of the flow's solutions where one is asked for."""
     here = run.round(number)
 
     def work() -> StageResult:
