@@ -28,6 +28,7 @@ F10 the three arms of the compile stage hold the problems for which each has a c
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -82,6 +83,8 @@ def check(config: Config) -> ProblemSet:
     """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
     from rstar.tokens import check_tokenizer, load_tokenizer
 
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install 'rstar[lora]'")
     if config.search.method != "flow" or config.search.seeds != [0]:
         raise UserError(f"search.method={config.search.method}, seeds={config.search.seeds}", need="flow, seeds=[0]")
     if config.engine.kind not in ("hf", "vllm"):
