@@ -141,8 +141,13 @@ class TreeWriter:
             "utf-8", "surrogatepass"
         )
         data = memoryview(_HEAD.pack(_MAGIC, len(payload)) + payload + frame)
-        while data:
-            data = data[os.write(self._fd, data) :]
+        whole = os.fstat(self._fd).st_size
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:  # a full disk: the next frame must not come behind half a one
+            os.ftruncate(self._fd, whole)
+            raise
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             os.fsync(self._fd)
             self._synced = time.monotonic()

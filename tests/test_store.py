@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -108,6 +110,27 @@ async def test_tree_that_was_taken_up_again_is_the_newest_in_whatever_shard_it_l
     write(tmp_path, half, shard="v0")  # killed in the middle of another go
     (ref,) = index(tmp_path).values()
     assert not ref.complete and ref.revision == 2 and read_frame(ref).rollouts_done == 70
+
+
+async def test_frame_that_did_not_fit_on_the_disk_leaves_the_shard_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, room = os.write, [100]
+
+    def write_some(fd: int, data: memoryview) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = real(fd, data[: room[0]])
+        room[0] -= written
+        return written
+
+    with TreeWriter(tmp_path / "trees-w0.jsonl.zst") as writer:
+        monkeypatch.setattr(os, "write", write_some)
+        with pytest.raises(OSError, match="space"):
+            writer.append(await grown(0))
+        monkeypatch.undo()
+        writer.append(await grown(1))
+    assert list(index(tmp_path)) == ["p#1"]
 
 
 async def test_shard_is_plain_zstandard(tmp_path: Path) -> None:
