@@ -71,7 +71,7 @@ class EngineSection:
     cache_mib: int = 2048  # KV cache kept for prefixes (hf) or KV space (vllm on CPU)
     score_batch_tokens: int = 4096  # tokens in one forward pass of the scorer
     url: str = ""  # openai: base URL, ".../v1"
-    model: str = ""  # openai: model name on the server
+    model: str = ""  # openai: model name on the server; simulated: worked_teacher, else the solver of sums
     api_key_env: str = "OPENAI_API_KEY"  # openai: the environment variable that holds the key
     concurrency: int = 64  # openai: requests in flight
     timeout: float = 600.0  # openai: seconds for one request
@@ -156,6 +156,7 @@ class SearchSection:
     max_depth: int = 16  # steps, the answer step counts
     max_step_tokens: int = 256
     form: str = "steps"  # steps: executed code steps; text: solutions in words, methods sample and flow only
+    # stated: words of any form that state an answer (grading.extract_answer), method sample only
     calculator: bool = False  # results of `<<48/2=` annotations are written for the model
     chain_temperature: float = 0.0  # of flow: of all but the deviations, which are drawn at `temperature`
     deviations: bool = True  # of flow: one at each output of the base chain; false: the base chain alone
@@ -204,6 +205,7 @@ class TrainSection:
     max_length: int = 4096  # tokens of a row
     max_grad_norm: float = 1.0
     tree_packing: bool = True  # compute shared prefixes once; false: one sequence a row
+    in_order: bool = False  # sequences are filled in the order of the shuffled rows (Orca 2); false: by first fit
     dtype: str = "auto"  # autocast dtype; weights stay float32
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0: full fine-tuning

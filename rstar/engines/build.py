@@ -41,8 +41,12 @@ def build_policy(section: EngineSection, model_path: str, *, lora_rank: int = 0)
             return OpenAIPolicy(section, model_path or None)
         case "simulated":
             from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
+            from rstar.engines.worked_teacher import teacher_script
 
-            return SimulatedPolicy(arithmetic_script, tokens_per_second=section.tokens_per_second)
+            script = {"": arithmetic_script, "worked_teacher": teacher_script}.get(section.model)
+            if script is None:
+                raise UserError(f"engine.model={section.model} of a simulated engine", need="worked_teacher, or none")
+            return SimulatedPolicy(script, tokens_per_second=section.tokens_per_second)
     raise UserError(f"engine.kind={section.kind}", need="one of " + ", ".join(KINDS))
 
 

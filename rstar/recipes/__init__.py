@@ -9,7 +9,7 @@ from typing import Any
 from rstar.config import load
 from rstar.types import UserError
 
-NAMES = ("rstar_math", "outcome_verifier", "flow_dpo")
+NAMES = ("rstar_math", "outcome_verifier", "flow_dpo", "orca2")
 
 
 def recipe(name: str) -> ModuleType:
@@ -27,6 +27,10 @@ def recipe(name: str) -> ModuleType:
             from rstar.recipes import flow_dpo
 
             return flow_dpo
+        case "orca2":
+            from rstar.recipes import orca2
+
+            return orca2
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
     raise UserError(f"unknown recipe {name!r}", need=f"one of {', '.join(NAMES)}", how=f"the nearest is {near[0]}")
 

@@ -46,6 +46,7 @@ class SearchPass:
     trees: Path | None = None  # nothing is generated: the answers of this folder's trees are scored
     revision: int = 0  # finished trees of lower revisions are taken up again
     rescore: bool = False  # and get the PPM values of the job's PPM first
+    system: str | None = None  # system message of this pass's prompts; None: model.system
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class SearchWorker:
         self._writers: list[TreeWriter] = []
         self._earlier: list[dict[str, FrameRef]] = []
         self._sources: list[dict[str, FrameRef]] = []
-        self._wrap: Callable[[str], str] | None = None
+        self._wrap: dict[str | None, Callable[[str], str]] = {}  # by the pass's system message
         self._wrap_stop: Callable[[str], str] | None = None
         self.adapters: dict[str, str] = {}
 
@@ -141,7 +142,9 @@ class SearchWorker:
         job = self.job
         await self.sandbox.start()
         self._grader = Grader(self.sandbox)
-        self._wrap = question_wrapper(job.policy, job.model)
+        for system in {one.system for one in job.passes}:
+            model = job.model if system is None else replace(job.model, system=system)
+            self._wrap[system] = question_wrapper(job.policy, model)
         if any(one.search.method == "flow" for one in job.passes):
             self._wrap_stop = question_wrapper(job.policy, replace(job.model, system=STOP_SYSTEM, few_shot=""))
         if any(one.trees is None for one in job.passes):
@@ -216,10 +219,11 @@ class SearchWorker:
 
     async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
         section = self.job.passes[item.pass_index].search
-        if section.form != "steps" and (section.form != "text" or section.method not in ("sample", "flow")):
+        takes = {"steps": (section.method,), "text": ("sample", "flow"), "stated": ("sample",)}
+        if section.method not in takes.get(section.form, ()):
             raise UserError(
                 f"search.form={section.form} with search.method={section.method}",
-                need="steps, or text with method sample or flow",
+                need="steps, text with method sample or flow, or stated with method sample",
             )
         writer = self._writers[item.pass_index]
 
@@ -253,13 +257,14 @@ class SearchWorker:
                 raise UserError(f"search.method={other}", need="mcts, beam, dvts, sample or flow")
 
     async def _tree(self, item: WorkItem, seed: int) -> Tree:
-        assert self._wrap is not None
         one = self.job.passes[item.pass_index]
         problem, section = item.problem, one.search
         earlier = self._earlier[item.pass_index].get(tree_id(problem, seed))
         settings = {**asdict(section), "sandbox": self.sandbox.level}
         if self._wrap_stop is not None:
             settings |= {"stop_borders": split_stop_question(self._wrap_stop, problem.question)}
+        if one.system is not None:
+            settings |= {"system": one.system}
         if self.adapters:
             settings |= {"adapters": self.adapters}
         if earlier is not None:
@@ -272,7 +277,7 @@ class SearchWorker:
         return Tree(
             tree_id=tree_id(problem, seed),
             problem=problem,
-            prompt=step_prompt(self._wrap(problem.question), section.form).segments,
+            prompt=step_prompt(self._wrap[one.system](problem.question), section.form).segments,
             recipe=self.job.recipe,
             searcher=section.method,
             settings=settings,

@@ -161,11 +161,18 @@ def normalisers(rows: Sequence[EncodedRow]) -> tuple[float, float]:
 
 
 def micro_batches(
-    rows: Sequence[EncodedRow], budget: int, *, tree_packing: bool, processes: int = 1, multiple_of: int = 1
+    rows: Sequence[EncodedRow],
+    budget: int,
+    *,
+    tree_packing: bool,
+    in_order: bool = False,
+    processes: int = 1,
+    multiple_of: int = 1,
 ) -> list[list[MicroBatch]]:
     """Cut one optimizer batch into micro-batches of at most `budget` tokens, as many for each of `processes`.
 
-    A tree over the budget is cut where its paths diverge; only a row that is alone over the budget exceeds it.
+    A tree over the budget is cut where its paths diverge; only a row that is alone over the budget exceeds it. With
+    `in_order` the micro-batches hold the rows in their order (next_fit), otherwise as few as first fit finds.
     """
     totals = normalisers(rows)
     tries: list[list[EncodedRow]] = []
@@ -175,19 +182,39 @@ def micro_batches(
             tries.extend(_within([group[k] for k in order], budget))
     else:
         tries = [[row] for row in rows]
-    sized = sorted(((_tokens(part, tree_packing), part) for part in tries), key=lambda item: -item[0])
-    shares: list[list[tuple[int, list[EncodedRow]]]] = [[] for _ in range(processes)]
-    for item in sized:  # largest first to the process with the least
-        min(shares, key=lambda share: sum(size for size, _ in share)).append(item)
+    sized = [(_tokens(part, tree_packing), part) for part in tries]
+    if in_order:
+        bins = [[tries[k] for k in one] for one in next_fit([size for size, _ in sized], budget)]
+        filled = [bins[k::processes] for k in range(processes)]
+    else:
+        shares: list[list[tuple[int, list[EncodedRow]]]] = [[] for _ in range(processes)]
+        for item in sorted(sized, key=lambda item: -item[0]):  # largest first to the process with the least
+            min(shares, key=lambda share: sum(size for size, _ in share)).append(item)
+        filled = [_bins(share, budget) for share in shares]
     packed = [
-        [build(groups, totals, share=tree_packing, multiple_of=multiple_of) for groups in _bins(share, budget)]
-        for share in shares
+        [build(groups, totals, share=tree_packing, multiple_of=multiple_of) for groups in bins] for bins in filled
     ]
     most = max(len(share) for share in packed)
     for share in packed:  # collectives need as many passes everywhere: fill with a row of no weight
         none = (math.inf, math.inf)
         share.extend(build([[rows[0]]], none, share=True, multiple_of=multiple_of) for _ in range(most - len(share)))
     return packed
+
+
+def next_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of consecutive lengths whose sum is at most `room`; one that is alone over it stands alone.
+
+    Orca 2's packing: shuffled samples are concatenated in order as long as they fit (arXiv 2311.11045, section 4).
+    """
+    packs: list[list[int]] = []
+    used = room + 1
+    for k, length in enumerate(lengths):
+        if used + length > room:
+            packs.append([])
+            used = 0
+        packs[-1].append(k)
+        used += length
+    return packs
 
 
 def _tokens(part: Sequence[EncodedRow], tree_packing: bool) -> int:
@@ -229,11 +256,12 @@ class OptimizerSteps(Dataset[list[MicroBatch]]):
         seed: int,
         budget: int,
         tree_packing: bool,
+        in_order: bool = False,
         process: int = 0,
         processes: int = 1,
         flex: bool = False,
     ) -> None:
-        self.rows, self.budget, self.tree_packing = rows, budget, tree_packing
+        self.rows, self.budget, self.tree_packing, self.in_order = rows, budget, tree_packing, in_order
         self.process, self.processes, self.multiple_of = process, processes, FLEX_BLOCK if flex else 1
         trees = [row.tree_id for row in rows]
         self.batches: list[list[int]] = []
@@ -251,6 +279,11 @@ class OptimizerSteps(Dataset[list[MicroBatch]]):
     def __getitem__(self, step: int) -> list[MicroBatch]:
         rows = [self.rows[k] for k in self.batches[step]]
         shares = micro_batches(
-            rows, self.budget, tree_packing=self.tree_packing, processes=self.processes, multiple_of=self.multiple_of
+            rows,
+            self.budget,
+            tree_packing=self.tree_packing,
+            in_order=self.in_order,
+            processes=self.processes,
+            multiple_of=self.multiple_of,
         )
         return shares[self.process]

@@ -104,6 +104,7 @@ def train(
         seed=seed,
         budget=section.micro_batch_tokens,
         tree_packing=section.tree_packing,
+        in_order=section.in_order,
         process=args.process_index,
         processes=args.world_size,
         flex=args.device.type == "cuda",

@@ -1,0 +1,130 @@
+"""What eval.json says of an Orca 2 student: accuracies, macro mean, format-OK rate, strategies, and arm against arm."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rstar.config import SandboxSection
+from rstar.evaluation import Measure, bootstrap, measures, paired
+from rstar.extract.explanations import Explanation
+from rstar.problems import ProblemSet, load_benchmark
+from rstar.recipes.flow_parts import finished_eval
+from rstar.recipes.measuring import eval_records, problem_trees
+from rstar.recipes.strategies import strategy_of
+from rstar.report.results import measure
+from rstar.rounds import RoundDir, StageResult
+from rstar.store import read_json
+from rstar.types import Problem
+
+
+def heldout_problems(benchmarks: Mapping[str, str], pool: ProblemSet, limit: int) -> list[Problem]:
+    """The first `limit` held-out problems (0: all), then every problem of the benchmarks, each a sub-category."""
+    named = [
+        replace(problem, level=name, id=f"{name}/{problem.id}")
+        for name, path in benchmarks.items()
+        for problem in load_benchmark(name, path=path)
+    ]
+    return [*pool.heldout[: limit or None], *named]
+
+
+def macro_mean(values: Sequence[float], tasks: Sequence[str]) -> Measure:
+    """Mean over tasks of the mean over their problems, each value in [0, 1], with its bootstrap interval."""
+    sizes = Counter(tasks)
+    return bootstrap([v * len(tasks) / (len(sizes) * sizes[t]) for v, t in zip(values, tasks, strict=True)])
+
+
+def measured(
+    folder: Path, sandbox: SandboxSection, chosen: Mapping[str, str], evidence: Mapping[str, re.Pattern[str]]
+) -> dict[str, Any]:
+    """Greedy answers of a folder as a method of eval.json.
+
+    `chosen`: sub-category -> its strategy; the share of answers that show it counts problems of these sub-categories.
+    """
+    groups = list(problem_trees(folder))
+    records = asyncio.run(eval_records(groups, sandbox))
+    tasks, right = [r.level for r in records], [float(r.passed) for r in records]
+    shown = [(tree.problem.level, strategy_of(_text(tree), evidence)) for (tree,) in groups]
+    fits = [float(shows == chosen[task]) for task, shows in shown if task in chosen]
+    found = {
+        **measures("greedy", records),
+        "macro mean": macro_mean(right, tasks),
+        "format-OK": bootstrap([float(bool(r.candidates)) for r in records]),
+        **({"strategy": bootstrap(fits)} if fits else {}),
+    }
+    per_task = {
+        task: {
+            "accuracy": asdict(bootstrap([v for v, t in zip(right, tasks, strict=True) if t == task])),
+            "strategies": dict(Counter(shows or "none" for t, shows in shown if t == task).most_common()),
+            "chosen": chosen.get(task, ""),
+        }
+        for task in sorted(set(tasks))
+    }
+    return {
+        "measures": {name: asdict(one) for name, one in found.items()},
+        "problems": len(records),
+        "tokens": sum(r.tokens for r in records),
+        "engine_calls": sum(r.engine_calls for r in records),
+        "seconds": round(sum(r.seconds for r in records), 2),
+        "tasks": per_task,
+        "records": [asdict(r) for r in records],
+    }
+
+
+def _text(tree: Any) -> str:
+    return tree.nodes[1].text if len(tree.nodes) > 1 else ""
+
+
+def finished(
+    here: RoundDir, methods: dict[str, Any], first: Path | None, name: str, outputs: Sequence[Path]
+) -> StageResult:
+    """Write eval.json; `first` is that of the first arm, which this one is compared with problem by problem."""
+    tables = [_task_table(method, one, name) for method, one in methods.items()]
+    if first is not None:
+        tables.append(_against(methods, read_json(first)["methods"], name))
+    return finished_eval(here, methods, [], tables, outputs)
+
+
+def _task_table(method: str, one: Mapping[str, Any], name: str) -> dict[str, Any]:
+    rows = [
+        [
+            task,
+            measure(Measure(**found["accuracy"])),
+            found["chosen"] or "-",
+            ", ".join(f"{shows} {count}" for shows, count in found["strategies"].items()),
+        ]
+        for task, found in one["tasks"].items()
+    ]
+    message = "empty system message" if method == "greedy" else "cautious system message"
+    heads = ["sub-category", "accuracy, %", "chosen strategy", "strategies shown"]
+    return {"title": f"{name}, {message}", "heads": heads, "rows": rows}
+
+
+def _against(methods: Mapping[str, Any], first: Mapping[str, Any], name: str) -> dict[str, Any]:
+    rows = []
+    for method, one in methods.items():
+        mine, other = _right(one), _right(first[method])
+        ids = sorted(mine.keys() & other.keys())
+        test = paired([mine[i] for i in ids], [other[i] for i in ids])
+        p = "-" if test.p_value is None else f"{test.p_value:.3g}"
+        rows.append([method, str(len(ids)), measure(test.difference), str(test.wins), str(test.losses), p])
+    heads = ["system message", "problems", "difference, points", "better", "worse", "McNemar p"]
+    return {"title": f"{name} against the first arm", "heads": heads, "rows": rows}
+
+
+def _right(method: Mapping[str, Any]) -> dict[str, float]:
+    records: Iterable[Mapping[str, Any]] = method["records"]
+    return {r["problem_id"]: float(any(c["correct"] for c in r["candidates"])) for r in records}
+
+
+def by_strategy(found: Iterable[Explanation], evidence: Mapping[str, re.Pattern[str]]) -> dict[str, dict[str, int]]:
+    """How often the answers of each sub-category show each strategy."""
+    counts: dict[str, Counter[str]] = {}
+    for one in found:
+        counts.setdefault(one.task, Counter())[strategy_of(one.answer, evidence) or "none"] += 1
+    return {task: dict(count) for task, count in counts.items()}
