@@ -47,7 +47,7 @@ D19 extraction reads the trees of several seeds as one, merged by prefix, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,14 @@ from rstar.config import (
     for_round,
     to_dict,
 )
-from rstar.extract.outcomes import outcome_rows
-from rstar.extract.preferences import preference_rows
-from rstar.extract.q_values import q_rows
-from rstar.extract.sft import sft_rows
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts
+from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.search.tree_operations import merge
 from rstar.store import index, shards, write_json, write_rows
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
@@ -272,24 +268,8 @@ def _shaping(section: SearchSection | TrainSection) -> dict[str, Any]:
 
 def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
     here, section, loss = run.round(number), config.extract, config.ppm.loss
-    kinds: dict[str, tuple[Path, Callable[[Tree], Sequence[Any]]]] = {
-        "mse": (here.pqm, q_rows),
-        "bce": (here.orm, outcome_rows),
-    }
-    labelled = kinds.get(loss)
     settings: dict[str, Any] = {"extract": to_dict(section), "ppm": {"loss": loss}}
     settings |= {"model": to_dict(config.model)} if bootstrapped(config, number) else {}
-
-    def pairs(tree: Tree) -> list[PreferenceRow]:
-        return preference_rows(
-            tree,
-            positives=section.positives,
-            negatives=section.negatives,
-            min_margin=section.min_margin,
-            min_edit_distance=section.min_edit_distance,
-            answer_pairs=section.answer_pairs,
-            max_pairs=section.max_pairs_per_problem,
-        )
 
     def searched() -> Iterator[list[Tree]]:
         """The trees of each problem, with the prompt that is trained (D16)."""
@@ -297,22 +277,20 @@ def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
         for trees in problem_trees(here.trees):
             if wrap is not None:
                 trees = [replace(tree, prompt=step_prompt(wrap(tree.problem.question)).segments) for tree in trees]
-            yield [merge(trees)] if section.merge_seeds and len(trees) > 1 else trees
+            yield trees
 
     def work() -> StageResult:
-        top, accuracy = section.sft_top, section.min_synthetic_accuracy
-        rows = (row for trees in searched() for row in sft_rows(trees, top=top, min_synthetic_accuracy=accuracy))
-        outputs, counts = [here.sft, here.pairs], {"sft_rows": write_rows(here.sft, rows)}
+        outputs, counts = [here.sft], dict[str, int]()
+        counts["sft_rows"] = write_rows(here.sft, (r for trees in searched() for r in policy_rows(trees, section)))
         if not counts["sft_rows"]:
             raise UserError(
                 f"round {number} found no correct trajectory", need="at least one solved problem",
                 how="more rollouts, easier problems, or a stronger policy",
             )  # fmt: skip
-        counts["pairs"] = write_rows(here.pairs, (p for trees in searched() for tree in trees for p in pairs(tree)))
-        if labelled:
-            path, extractor = labelled
+        for kind in dict.fromkeys(("pairwise", loss)):  # pairs are written for any loss
+            path = ppm_rows(here, kind)[0]
             outputs.append(path)
-            counts[path.stem] = write_rows(path, (r for trees in searched() for tree in trees for r in extractor(tree)))
+            counts[path.stem] = write_rows(path, (r for trees in searched() for r in scorer_rows(trees, section, kind)))
         return StageResult(tuple(outputs), counts)
 
     return Stage(here, "extract", settings, lambda: {"trees": input_digest(here, "search")}, work)
