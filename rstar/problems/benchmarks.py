@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from rstar.problems.records import Fields, read_problems, to_problem
+from rstar.problems.tasks import TASKS
 from rstar.types import Problem, UserError
 
 
@@ -30,6 +31,8 @@ class Benchmark:
     configs: tuple[str, ...] = ("",)
     column: str = ""  # heading in the paper's tables
     verified: bool = False
+    form: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda record: record
+    """A record of the hub's data set as one with the question and answer of `fields`."""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -66,6 +69,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "omni-math": Benchmark(
         "KbsdJames/Omni-MATH", "test", Fields("problem", "answer", level="difficulty"), 4428, verified=True
     ),
+} | {
+    name: Benchmark(hub_id, split, Fields(), size, configs, form=form)
+    for name, (hub_id, split, size, configs, form) in TASKS.items()
 }  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def load_benchmark(name: str, *, path: str = "", split: str = "", fields: Fields
             (own.answer, *own.more_answers, "answer"),
             own.level,
         )
-        return tuple(read_problems(Path(path), names, name))
+        return tuple(read_problems(Path(path), names, name, benchmark.form))
     if not benchmark.hub_id:
         raise UserError(f"benchmark {name} has no copy on the hub", how=_ALTERNATIVE)
     return tuple(_from_hub(name, benchmark, split or benchmark.split))
@@ -134,5 +140,5 @@ def _from_hub(name: str, benchmark: Benchmark, split: str) -> list[Problem]:
             raise UserError(got, how=_ALTERNATIVE) from error
         for record in rows:
             where = f"{benchmark.hub_id} record {len(problems)}"
-            problems.append(to_problem(record, benchmark.fields, name, len(problems), where))
+            problems.append(to_problem(benchmark.form(record), benchmark.fields, name, len(problems), where))
     return problems

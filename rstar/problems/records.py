@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,20 @@ class Fields:
     min_agreement: int = 3
 
 
-def read_problems(path: Path, fields: Fields, source: str) -> list[Problem]:
-    """All problems of a file in order. Ids come from `id`, `unique_id` or `index`, else from the position.
+def read_problems(
+    path: Path,
+    fields: Fields,
+    source: str,
+    form: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda record: record,
+) -> list[Problem]:
+    """All problems of a file in order; `form` makes a record one with the named fields.
+
+    Ids come from `id`, `unique_id` or `index`, else from the position.
 
     Raises UserError (missing, empty, not UTF-8, broken, a record without question or answer), naming file:line.
     """
-    problems = [to_problem(record, fields, source, n, where) for n, (where, record) in enumerate(read_records(path))]
+    records = enumerate(read_records(path))
+    problems = [to_problem(form(record), fields, source, n, where) for n, (where, record) in records]
     if not problems:
         raise UserError(f"{path} holds no records", need="at least one problem")
     return problems

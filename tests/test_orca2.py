@@ -1,0 +1,346 @@
+"""Orca 2: golden cases, erased and few-shot rows, strategies, tasks by field map, the numbered choices, a whole run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rstar.cli import run
+from rstar.config import TrainSection, load
+from rstar.engines.worked_teacher import teacher_script
+from rstar.evaluation import bootstrap
+from rstar.extract.explanations import Explanation, ExplanationRow, explanation, explanation_row, few_shot_rows
+from rstar.problems import load_benchmark
+from rstar.recipes import orca2
+from rstar.recipes.orca2_figures import macro_mean
+from rstar.recipes.strategies import choose, load_strategies, strategy_of
+from rstar.rounds import RunDir
+from rstar.search.expand import stated_answer
+from rstar.store import read_json, read_trees
+from rstar.tokens import SegmentEncoder, load_tokenizer, wrap_question
+from rstar.training.batching import OptimizerSteps, micro_batches, next_fit
+from rstar.training.data import encode_sft, read_rows
+from rstar.training.models import load_policy
+from rstar.training.sft import TokenLoss
+from rstar.tree import Tree
+from rstar.types import Problem, SftRow, Step, TerminalReason, UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs/orca2"
+STRATEGIES = CONFIGS / "strategies.yaml"
+
+
+def wrap(system: str, question: str, turns: Any = ()) -> str:
+    return "".join(f"[{system}]" + "".join(f"<{q}|{a}>" for q, a in turns) + question + "\n")
+
+
+def answers(task: str, told: str, count: int) -> list[Explanation]:
+    return [
+        Explanation(
+            task, told, f"{task} question {n}?", f"Step 1: {n}\n#### {n}", f"{task}/{n}", f"chosen/{task}/{n}", 1
+        )
+        for n in range(count)
+    ]
+
+
+def teacher_tree(text: str, *, reward: float | None = 1.0, error: str = "", told: str = "Do it in steps.") -> Tree:
+    tree = Tree("sums/0#0", Problem("sums/0", "1 + 2?", "3", level="sums"), ("q",), settings={"system": told})
+    terminal = TerminalReason.MALFORMED if reward is None else TerminalReason.ANSWER
+    tree.add_child(tree.root, text=text, reward=reward, error=error, terminal=terminal, answer="3")
+    return tree
+
+
+# -- golden cases ----------------------------------------------------------------------------------------------------
+
+
+def test_golden_macro_mean_is_the_plain_mean_of_the_benchmarks() -> None:
+    published = [49.93, 50.18, 57.97, 86.86, 82.87, 59.14]
+    found = macro_mean([value / 100 for value in published], ["AGIEval", "BBH", "DROP", "CRASS", "RACE", "GSM8K"])
+    assert round(100 * found.mean, 2) == 64.49
+    assert round((64.49 / 43.71 - 1) * 100, 2) == 47.54
+
+
+def test_macro_mean_weighs_a_small_task_as_a_large_one() -> None:
+    assert macro_mean([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]).mean == pytest.approx(0.5)
+    assert bootstrap([1.0, 1.0, 1.0, 0.0]).mean == 0.75
+
+
+def test_golden_packing_in_given_order() -> None:
+    lengths = [3000, 1000, 200, 4000, 96, 500]
+    packs = [[lengths[k] for k in pack] for pack in next_fit(lengths, 4096)]
+    assert packs == [[3000, 1000], [200], [4000, 96], [500]]
+    assert [4096 - sum(pack) for pack in packs] == [96, 3896, 0, 3596]
+    assert next_fit([5000, 10], 4096) == [[0], [1]]
+
+
+def test_golden_loss_is_on_the_answer_and_its_end_token_alone(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    prompt = wrap_question(tokenizer, "What is 1 + 2?", system="Be careful.")
+    row = explanation_row(answers("sums", "x", 1)[0], lambda *_: prompt, system="")
+    encoded = encode_sft(row, SegmentEncoder(tokenizer), 1000)
+    assert tokenizer.decode(encoded.paths[0][encoded.trained]) == row.completion + tokenizer.eos_token
+    assert tokenizer.decode(encoded.paths[0][~encoded.trained]).removeprefix(tokenizer.bos_token) == prompt
+    ((batch,),) = micro_batches([encoded], 1000, tree_packing=False, in_order=True)
+    assert batch.other.tolist() == encoded.paths[0][encoded.trained].tolist()  # labels of no other place are read
+
+
+def packed(tiny_model: Path, budget: int) -> float:
+    encoder, module = SegmentEncoder(load_tokenizer(tiny_model)), TokenLoss(load_model(tiny_model)).eval()
+    rows = [encode_sft(explanation_row(one, wrap, system="s"), encoder, 1000) for one in answers("sums", "x", 5)]
+    batches = micro_batches(rows, budget, tree_packing=False, in_order=True)[0]
+    assert [name for batch in batches for name in batch.rows] == [row.name for row in rows]
+    return float(sum(module(batch).item() for batch in batches))
+
+
+def load_model(folder: Path) -> Any:
+    return load_policy(str(folder), TrainSection(), load_tokenizer(folder)).model
+
+
+def test_packed_samples_do_not_see_each_other(tiny_model: Path) -> None:
+    assert packed(tiny_model, 4096) == pytest.approx(packed(tiny_model, 1), abs=1e-5)
+
+
+def test_golden_erasure() -> None:
+    """No row shows an instruction, answers are byte-identical, strategies share one system text."""
+    found = [*answers("sums", "Do it in steps.", 2), *answers("legs", "Recall first.", 2)]
+    erased = [explanation_row(one, wrap, system="Be careful.") for one in found]
+    shown = [explanation_row(one, wrap, system=None) for one in found]
+    assert [row.completion for row in erased] == [one.answer for one in found] == [row.completion for row in shown]
+    assert {row.prompt.partition("]")[0] for row in erased} == {"[Be careful."}
+    assert not any(one.teacher_system in row.prompt for one, row in zip(found, erased, strict=True))
+    assert all(one.teacher_system in row.prompt for one, row in zip(found, shown, strict=True))
+    assert [row.teacher_system for row in erased] == [one.teacher_system for one in found]
+
+
+def test_golden_few_shot_rows() -> None:
+    found = [*answers("sums", "a", 9), *answers("sums", "b", 4), *answers("legs", "a", 3)]
+    rows = few_shot_rows(found, wrap, system="Be careful.", share=1.0, seed=0)
+    by_problem = {(one.problem_id, one.teacher_system): one for one in found}
+    assert {(row.task, row.teacher_system) for row in rows} == {("sums", "a"), ("sums", "b")}  # 3 problems: too few
+    for row in rows:
+        assert 3 <= len(row.demonstrations) <= 5 and row.problem_id not in row.demonstrations
+        turns = [by_problem[name, row.teacher_system] for name in row.demonstrations]  # the same task and instruction
+        target = by_problem[row.problem_id, row.teacher_system]
+        assert row.prompt == wrap("Be careful.", target.question, [(one.question, one.answer) for one in turns])
+        assert row.segments == ((target.answer, True),)
+    assert {len(row.demonstrations) for row in rows} == {3, 4, 5}
+    assert few_shot_rows(found, wrap, system="x", share=0.0, seed=0) == []
+
+
+def test_golden_stages_and_epochs() -> None:
+    config = load(orca2.Config, CONFIGS / "paper.yaml", ["model.base=tiny"])
+    assert orca2.progression(config) == [("flan", 1.0), ("weaker", 3.0), ("policy", 4.0)]
+    assert (config.sft.micro_batch_tokens, config.sft.in_order) == (4096, True)
+    assert orca2.progression(replace(config, flan=replace(config.flan, epochs=0)))[0] == ("weaker", 3.0)
+
+
+# -- strategies, teacher, tasks --------------------------------------------------------------------------------------
+
+
+def test_the_best_strategy_is_chosen_and_a_tie_goes_to_the_shorter_instruction() -> None:
+    texts = {"long": "a long instruction", "short": "short", "bad": ""}
+    assert choose({"long": 0.9, "short": 0.8, "bad": 0.1}, texts) == "long"
+    assert choose({"long": 0.9, "short": 0.9, "bad": 0.1}, texts) == "short"
+
+
+@pytest.mark.parametrize(
+    ("question", "suits", "answer"),
+    [
+        ("Solve the following arithmetic problem: 4 - 1 - 7 + 10 =", "step_by_step", "6"),
+        ("how many legs are there in total if you have 3 cows, 1 starfish?", "recall_reason_generate", "17"),
+        ('How many times does the letter "m" appear in the text: "hundred names Mum"?', "extract_generate", "3"),
+        ("Find the Greatest Common Divisor (GCD) of these numbers: 48, 36.", "recall_generate", "12"),
+        ("Solve for e: 10 - 26*e = -562", "guess_and_check", "22"),
+    ],
+)
+def test_the_teacher_answers_in_the_form_it_is_asked_for(question: str, suits: str, answer: str) -> None:
+    """Every strategy's answer shows that strategy; the one that suits the family is right."""
+    strategies = load_strategies(STRATEGIES)
+    for name, text in strategies.candidates("other").items():
+        written = teacher_script(f"{text}\n\n{question}\n", 0, 0)
+        assert strategy_of(written, strategies.evidence) == name
+        read = stated_answer(written)
+        assert isinstance(read, Step) and read.answer in (answer, str(int(answer) + 1))
+        assert name != suits or read.answer == answer
+
+
+def test_the_teacher_slips_where_the_form_does_not_suit() -> None:
+    asked = [f"Write the answer.\narithmetic problem: {a} + {b} + 1 =" for a in range(20) for b in range(20)]
+    right = [teacher_script(text, 0, 0) == f"#### {k // 20 + k % 20 + 1}" for k, text in enumerate(asked)]
+    assert 0.5 < np.mean(right) < 0.7
+
+
+def test_a_strategies_file_without_evidence_for_a_strategy_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("tasks: {sums: {guess: try}}\nevidence: {}\n")
+    with pytest.raises(UserError, match="without evidence: guess"):
+        load_strategies(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "question", "answer"),
+    [
+        (
+            "arc-challenge",
+            {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+            "Q?\nA. x\nB. y",
+            "B",
+        ),
+        ("mmlu", {"question": "Q?", "choices": ["x", "y", "z"], "answer": 2}, "Q?\nA. x\nB. y\nC. z", "C"),
+        ("race", {"article": "T.", "question": "Q?", "options": ["x", "y"], "answer": "A"}, "T.\nQ?\nA. x\nB. y", "A"),
+        ("hellaswag", {"ctx": "He", "endings": ["x", "y"], "label": "1"}, "He\nA. x\nB. y", "B"),
+        ("drop", {"passage": "T.", "question": "Q?", "answers_spans": {"spans": ["5", "five"]}}, "T.\nQ?", "5"),
+        ("bbh", {"input": "Q?", "target": "(B)"}, "Q?", "(B)"),
+        (
+            "lambada",
+            {"text": "one two three"},
+            "one two\nWhich single word comes next? State it as the answer.",
+            "three",
+        ),
+        ("crass", {"question": "Q?", "answer": "A"}, "Q?", "A"),
+    ],
+)
+def test_a_benchmark_file_is_read_by_its_field_map(
+    tmp_path: Path, name: str, record: dict[str, Any], question: str, answer: str
+) -> None:
+    (tmp_path / "b.jsonl").write_text(json.dumps(record) + "\n")
+    (problem,) = load_benchmark(name, path=str(tmp_path / "b.jsonl"))
+    assert (problem.question, problem.answer) == (question, answer)
+
+
+# -- the numbered choices --------------------------------------------------------------------------------------------
+
+
+def test_deviation_o2_only_correct_answers_are_a_switch() -> None:
+    wrong, right, cut = teacher_tree("#### 4", reward=-1.0), teacher_tree("#### 3"), teacher_tree("Well", reward=None)
+    assert explanation(wrong, only_correct=True) is None and explanation(right, only_correct=True) is not None
+    assert explanation(wrong, only_correct=False) is not None and explanation(cut, only_correct=False) is not None
+    assert explanation(teacher_tree("We", reward=None, error="cut off"), only_correct=False) is None
+
+
+def test_deviation_o5_few_shot_turns_are_turns_of_the_chat(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    row = few_shot_rows(
+        answers("sums", "x", 4), lambda s, q, t: wrap_question(tokenizer, q, system=s, few_shot=t),
+        system="Be careful.", share=0.25, seed=0,
+    )[0]  # fmt: skip
+    assert row.prompt.count("<|im_start|>system") == 1 and row.prompt.count("<|im_start|>assistant") == 4
+
+
+def test_deviation_o7_rows_keep_their_shuffled_order(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    rows = [
+        encode_sft(explanation_row(one, wrap, system="s" * (k % 3 * 40)), encoder, 1000)
+        for k, one in enumerate(answers("sums", "x", 12))
+    ]
+    steps = OptimizerSteps(rows, batch_size=12, epochs=1, seed=1, budget=120, tree_packing=False, in_order=True)
+    assert [name for batch in steps[0] for name in batch.rows] == [rows[k].name for k in steps.batches[0]]
+
+
+def test_deviation_o10_answers_are_read_by_documented_patterns() -> None:
+    for text in ("So \\boxed{B}", "Text\n#### B", "I think the answer is B.", "Answer: B"):
+        read = stated_answer(text)
+        assert isinstance(read, Step) and read.answer == "B"
+    assert not isinstance(stated_answer("It is B"), Step)
+
+
+def test_deviation_o11_evidence_that_comes_first_counts() -> None:
+    evidence = load_strategies(STRATEGIES).evidence
+    assert strategy_of("Recall: x\nStep 1: y\n#### 1", evidence) == "recall_reason_generate"
+    assert strategy_of("Recall: x\n#### 1", evidence) == "recall_generate"
+    assert strategy_of("hm, Step 1: no\n#### 1", evidence) == ""
+
+
+# -- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("orca2") / "run"
+    overrides = [f"run.dir={folder}", f"orca.strategies={STRATEGIES}"]
+    assert run(["evolve", str(CONFIGS / "tiny.yaml"), *overrides]) == 0
+    return RunDir(folder)
+
+
+def rows_of(done: RunDir, number: int) -> list[ExplanationRow]:
+    return read_rows(done.round(number).sft, ExplanationRow)  # type: ignore[type-var]
+
+
+def test_stages_run_in_order_and_carry_the_weights_on(finished_run: RunDir) -> None:
+    """O8: each stage starts from the model before it, with a schedule of its own."""
+    first = finished_run.round(1)
+    starts = {name: first.records()[name].counts["start"] for name in ("flan", "weaker", "policy")}
+    assert starts["weaker"] == str(first.path / "flan") and starts["policy"] == str(first.path / "weaker")
+    assert starts["flan"].endswith("tiny_model")
+    assert [first.records()[name].counts["epochs"] for name in starts] == [1.0, 1.0, 2.0]
+    for number in (2, 3):
+        assert finished_run.round(number).records()["policy"].counts["start"] == starts["policy"]
+    rates = [json.loads(line)["learning_rate"] for line in (first.path / "weaker-metrics.jsonl").open()]
+    assert rates[0] == max(rates) > rates[-1]
+
+
+def test_deviation_o1_choice_is_the_mean_of_teacher_and_student(finished_run: RunDir) -> None:
+    chosen = read_json(finished_run.round(1).path / "choice.json")
+    assert {task: one["strategy"] for task, one in chosen.items()} == {
+        "sums": "step_by_step", "letters": "extract_generate", "divisors": "recall_generate",
+    }  # fmt: skip
+    texts = load_strategies(STRATEGIES).candidates("sums")
+    for one in chosen.values():
+        means = {name: (found["teacher"] + found["student"]) / 2 for name, found in one["figures"].items()}
+        assert one["strategy"] == choose(means, texts)
+
+
+def test_deviation_o3_the_arms_hold_the_same_problems(finished_run: RunDir) -> None:
+    erased, visible, plain = (rows_of(finished_run, number) for number in (1, 2, 3))
+    single = [[row for row in rows if not row.demonstrations] for rows in (erased, visible, plain)]
+    assert len({tuple(row.problem_id for row in rows) for rows in single}) == 1 and len(single[0]) > 4
+    assert [row.completion for row in single[0]] == [row.completion for row in single[1]]
+    assert all(a.completion != b.completion for a, b in zip(single[0], single[2], strict=True))
+    assert any(row.demonstrations for row in erased)
+
+
+def test_deviation_o4_the_cautious_message_is_ours_in_every_erased_row(finished_run: RunDir) -> None:
+    message = f"<|im_start|>system\n{orca2.Config().orca.cautious}<|im_end|>\n"
+    chosen = read_json(finished_run.round(1).path / "choice.json")
+    told = [one["instruction"] for one in chosen.values()]
+    assert all(row.prompt.startswith(message) for number in (1, 3) for row in rows_of(finished_run, number))
+    assert not any(text in row.prompt for text in told for row in rows_of(finished_run, 1))
+    assert all(any(text in row.prompt for text in told) for row in rows_of(finished_run, 2))
+
+
+def test_a_rows_provenance_leads_to_the_teachers_tree_and_instruction(finished_run: RunDir) -> None:
+    row = rows_of(finished_run, 1)[0]
+    folder, _, name = row.tree_id.rpartition(f"{row.task}/train/")
+    trees = {tree.tree_id: tree for tree in read_trees(finished_run.round(1).path / "answers" / folder)}
+    tree = trees[f"{row.task}/train/{name}"]
+    assert tree.settings["system"] == row.teacher_system and len(tree.nodes) == 2
+    assert tree.nodes[row.node_ids[0]].text == row.completion
+
+
+def test_deviation_o9_explanation_rows_keep_general_messages_and_no_heldout_text(finished_run: RunDir) -> None:
+    weaker = read_rows(finished_run.round(1).path / "weaker.jsonl", SftRow)
+    messages = load_strategies(STRATEGIES).messages.values()
+    assert all(any(text in row.prompt for row in weaker) for text in messages)
+    held = [record["problem_id"] for record in evaluated(finished_run, 0)["greedy"]["records"]]
+    assert len(held) == 6 and not set(held) & {row.problem_id for row in weaker}
+
+
+def evaluated(done: RunDir, number: int) -> dict[str, Any]:
+    return dict(read_json(done.round(number).eval_json)["methods"])
+
+
+def test_every_round_is_measured_under_both_system_messages(finished_run: RunDir) -> None:
+    for number in range(4):
+        for method in ("greedy", "cautious"):
+            found = evaluated(finished_run, number)[method]["measures"]
+            assert {"accuracy", "macro mean", "format-OK"} <= set(found) and found["accuracy"]["n"] == 6
+            assert ("strategy" in found) == (number > 0)
+    titles = [table["title"] for table in read_json(finished_run.round(3).eval_json)["tables"]]
+    assert "plain rows against the first arm" in titles
+    trees = list(read_trees(finished_run.round(3).eval / "cautious"))
+    assert {tree.settings["system"] for tree in trees} == {orca2.Config().orca.cautious}
+    assert not any(leaf.reward is not None for tree in trees for leaf in tree.answers())  # no ground truth at test time
