@@ -197,19 +197,24 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_model: Path, tmp_pa
     assert not list(tmp_path.glob(".*"))  # nothing temporary is left
 
 
-def test_checkpoints_of_another_run_are_not_resumed(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["seed", "base"])
+def test_checkpoints_of_another_run_are_not_resumed(tiny_model: Path, tmp_path: Path, other: str) -> None:
     section = dataclasses.replace(QUICK, save_steps=1)
 
     def stop(progress: TrainProgress) -> None:
         if progress.step == 3:
             raise Interrupted
 
+    model = str(shutil.copytree(tiny_model, tmp_path / "model"))
     with pytest.raises(Interrupted):
-        train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=5, on_progress=stop)
+        train_policy(sft_rows(), model, tmp_path / "p", section, seed=5, on_progress=stop)
+    if other == "base":  # the base was made again, at the same path
+        base = AutoModelForCausalLM.from_pretrained(model)
+        base.model.norm.weight.data += 0.5
+        base.save_pretrained(model)
     steps: list[int] = []
-    train_policy(
-        sft_rows(), str(tiny_model), tmp_path / "p", section, seed=6, on_progress=lambda p: steps.append(p.step)
-    )
+    seed = 6 if other == "seed" else 5
+    train_policy(sft_rows(), model, tmp_path / "p", section, seed=seed, on_progress=lambda p: steps.append(p.step))
     assert steps[0] == 1 and len(curve(tmp_path / "p")) == len(steps)
 
 

@@ -110,7 +110,8 @@ def train(
         flex=args.device.type == "cuda",
     )
     args.warmup_steps = math.ceil(section.warmup_ratio * len(steps))
-    identity = digest([asdict(section), seed, [(row.name, row.tokens) for row in rows], args.world_size])
+    named = [(row.name, row.tokens) for row in rows]
+    identity = digest([asdict(section), seed, named, args.world_size, _starting_point(loss_module.model)])
     with args.main_process_first(local=False, desc="checkpoints"):
         resume = _resumable(checkpoints, identity, main=args.process_index == 0)
     metrics = Metrics(
@@ -129,6 +130,12 @@ def train(
     if args.world_size > 1:
         dist.barrier()
     return metrics.result(output, rows, section, time.monotonic() - began)
+
+
+def _starting_point(model: nn.Module) -> list[list[float]]:
+    """Some of the weights that a run begins with: a base of the same shape, or at the same path, is another."""
+    named = transformers_model(model).base_model.named_parameters()
+    return [value.detach().flatten()[:2].tolist() for name, value in named if "lora_" not in name]
 
 
 @contextmanager
@@ -237,7 +244,9 @@ class Metrics:
                 self.lines = [line for line in map(json.loads, file) if line["step"] <= resumed_step]
         if main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            begun = path.with_suffix(".tmp")  # renamed: another process may be reading the lines of the run before
+            begun.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            begun.replace(path)
 
     def add(self, line: dict[str, float]) -> None:
         self.lines.append(line)
