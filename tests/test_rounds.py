@@ -304,13 +304,23 @@ def test_an_override_is_refused_by_the_stages_that_read_it_alone(
     assert accepted == unread
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run whose first round has been searched."""
+    folder = tmp_path_factory.mktemp("searched")
+    config = configured(folder, tiny_model, "search.rollouts=12")
+    execute(config, 0, "base")
+    execute(config, 1, "search")
+    return folder / "run"
+
+
 @pytest.mark.parametrize(("loss", "file"), [("mse", "pqm"), ("bce", "orm"), ("pairwise", "pairs")])
 def test_the_loss_of_the_ppm_says_which_rows_are_extracted(
-    tmp_path: Path, tiny_model: Path, loss: str, file: str
+    tmp_path: Path, tiny_model: Path, searched: Path, loss: str, file: str
 ) -> None:
+    shutil.copytree(searched, tmp_path / "run")
     config = configured(tmp_path, tiny_model, f"ppm.loss={loss}", "search.rollouts=12", "extract.min_margin=0")
-    execute(config, 0, "base")
-    here = execute(config, 1, "search", "extract")
+    here = execute(config, 1, "extract")
     record = here.record("extract")
     assert record is not None and record.counts[file] > 0
     assert {"sft.jsonl", "pairs.jsonl", f"{file}.jsonl"} == set(record.outputs)
