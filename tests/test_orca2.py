@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rstar.cli import run
-from rstar.config import TrainSection, load
+from rstar.config import ModelSection, ProblemsSection, TrainSection, load
 from rstar.engines.worked_teacher import teacher_script
 from rstar.evaluation import bootstrap
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation, explanation_row, few_shot_rows
@@ -78,7 +78,7 @@ def test_golden_packing_in_given_order() -> None:
     assert next_fit([5000, 10], 4096) == [[0], [1]]
 
 
-def test_golden_loss_is_on_the_answer_and_its_end_token_alone(tiny_model: Path) -> None:
+def test_deviation_o6_loss_is_on_the_answer_and_its_end_token_alone(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     prompt = wrap_question(tokenizer, "What is 1 + 2?", system="Be careful.")
     row = explanation_row(answers("sums", "x", 1)[0], lambda *_: prompt, system="")
@@ -241,6 +241,14 @@ def test_deviation_o7_rows_keep_their_shuffled_order(tiny_model: Path) -> None:
     assert [name for batch in steps[0] for name in batch.rows] == [rows[k].name for k in steps.batches[0]]
 
 
+def test_deviation_o9_a_heldout_text_is_in_no_stages_data(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"What is {n} plus {n}?", "answer": str(2 * n)}) for n in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    same = ProblemsSection(name="file", path=str(tmp_path / "p.jsonl"), heldout=2)
+    pool = orca2.pool(orca2.Config(model=ModelSection(base="tiny"), problems=same), replace(same, heldout=0))
+    assert [problem.answer for problem in pool] == ["0", "2", "4", "6"]
+
+
 def test_deviation_o10_answers_are_read_by_documented_patterns() -> None:
     for text in ("So \\boxed{B}", "Text\n#### B", "I think the answer is B.", "Answer: B"):
         read = stated_answer(text)
@@ -267,11 +275,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def rows_of(done: RunDir, number: int) -> list[ExplanationRow]:
-    return read_rows(done.round(number).sft, ExplanationRow)  # type: ignore[type-var]
+    kind: Any = ExplanationRow
+    return list(read_rows(done.round(number).sft, kind))
 
 
-def test_stages_run_in_order_and_carry_the_weights_on(finished_run: RunDir) -> None:
-    """O8: each stage starts from the model before it, with a schedule of its own."""
+def test_deviation_o8_stages_run_in_order_and_carry_the_weights_on(finished_run: RunDir) -> None:
+    """Each stage starts from the model before it, with a schedule of its own."""
     first = finished_run.round(1)
     starts = {name: first.records()[name].counts["start"] for name in ("flan", "weaker", "policy")}
     assert starts["weaker"] == str(first.path / "flan") and starts["policy"] == str(first.path / "weaker")
@@ -315,18 +324,15 @@ def test_deviation_o4_the_cautious_message_is_ours_in_every_erased_row(finished_
 def test_a_rows_provenance_leads_to_the_teachers_tree_and_instruction(finished_run: RunDir) -> None:
     row = rows_of(finished_run, 1)[0]
     folder, _, name = row.tree_id.rpartition(f"{row.task}/train/")
-    trees = {tree.tree_id: tree for tree in read_trees(finished_run.round(1).path / "answers" / folder)}
+    trees = {tree.tree_id: tree for tree in read_trees(finished_run.round(1).path / folder)}
     tree = trees[f"{row.task}/train/{name}"]
     assert tree.settings["system"] == row.teacher_system and len(tree.nodes) == 2
     assert tree.nodes[row.node_ids[0]].text == row.completion
 
 
-def test_deviation_o9_explanation_rows_keep_general_messages_and_no_heldout_text(finished_run: RunDir) -> None:
-    weaker = read_rows(finished_run.round(1).path / "weaker.jsonl", SftRow)
-    messages = load_strategies(STRATEGIES).messages.values()
-    assert all(any(text in row.prompt for row in weaker) for text in messages)
-    held = [record["problem_id"] for record in evaluated(finished_run, 0)["greedy"]["records"]]
-    assert len(held) == 6 and not set(held) & {row.problem_id for row in weaker}
+def test_rows_of_explanation_tuning_keep_their_general_messages(finished_run: RunDir) -> None:
+    rows = read_rows(finished_run.round(1).path / "weaker.jsonl", SftRow)
+    assert all(any(text in row.prompt for row in rows) for text in load_strategies(STRATEGIES).messages.values())
 
 
 def evaluated(done: RunDir, number: int) -> dict[str, Any]:

@@ -23,7 +23,8 @@ O7  packing in the order of the shuffled rows (sft.in_order) up to sft.micro_bat
 O8  each progressive stage starts a fresh optimizer and schedule from the weights of the one before. Rates, batch and
     schedule are those of sft; the paper reports none. Base vocabulary and chat template stay (no ChatML is added).
 O9  the stages' data are one pool each (flan, weaker, problems); the 4-epoch stage has no second teacher's million.
-    Training problems with the text of a held-out one are left out.
+    Targets of flan are the data's answers as "#### ANSWER", after its solution where it has one. Training problems of
+    the first two stages with the text of a held-out one are left out.
 O10 answers are read by rstar.grading.extract_answer (boxed, ####, "answer is") and compared by value, the same for all
     models; the format-OK rate is the share that states one. The macro mean weighs every sub-category the same.
 O11 which strategy an answer shows is told by the patterns of the strategies file, and compared with the chosen one.
@@ -167,10 +168,15 @@ def _wrap(config: Config, run: RunDir) -> Callable[[str, str, Sequence[tuple[str
 # -- rows of the first stages ----------------------------------------------------------------------------------------
 
 
-def _pool(config: Config, section: ProblemsSection) -> list[Problem]:
+def pool(config: Config, section: ProblemsSection) -> list[Problem]:
     """A stage's training problems, without those of the held-out set."""
     held = {text_key(problem.question) for problem in load_problems(config.problems).heldout}
     return [problem for problem in load_problems(section).train if text_key(problem.question) not in held]
+
+
+def _target(problem: Problem) -> str:
+    """The data's own answer, with its worked solution where it brings one along."""
+    return solution_text(problem) if problem.solution else f"#### {problem.answer}"
 
 
 def _flan_stage(config: Config, run: RunDir) -> Stage:
@@ -179,8 +185,8 @@ def _flan_stage(config: Config, run: RunDir) -> Stage:
     def work() -> StageResult:
         wrap = _wrap(config, run)
         found = (
-            Explanation(p.level, "", p.question, solution_text(p), p.id, f"flan/{p.id}", 0)
-            for p in _pool(config, config.flan.problems)
+            Explanation(p.level, "", p.question, _target(p), p.id, f"flan/{p.id}", 0)
+            for p in pool(config, config.flan.problems)
         )
         count = write_rows(_rows(here, "flan"), (explanation_row(one, wrap, system="") for one in found))
         return StageResult((_rows(here, "flan"),), {"rows": count})
@@ -191,16 +197,19 @@ def _flan_stage(config: Config, run: RunDir) -> Stage:
 def _weaker_stage(config: Config, run: RunDir) -> Stage:
     """Explanation tuning: every problem under each of the general system messages, which stay in the rows."""
     here, messages = run.round(1), load_strategies(config.orca.strategies).messages
-    settings = teacher_settings(config, config.weaker_teacher, messages=dict(messages))
+    settings = teacher_settings(
+        config, config.weaker_teacher, messages=dict(messages), only_correct=config.orca.only_correct
+    )
     settings |= {"weaker": to_dict(config.weaker.problems), "model": to_dict(config.model)}
 
     def work() -> StageResult:
-        pool, folder = _pool(config, config.weaker.problems), here.path / "weaker-answers"
-        told = [(folder / name, text, pool) for name, text in messages.items()]
+        problems, folder = pool(config, config.weaker.problems), here.path / "weaker-answers"
+        told = [(folder / name, text, problems) for name, text in messages.items()]
         ask(config, config.weaker_teacher, "", told, "weaker teacher")
-        rows = (explanation_row(one, _wrap(config, run), system=None) for one in answers(config, folder))
+        wrap, found = _wrap(config, run), answers(config, here.path, folder.name)
+        rows = (explanation_row(one, wrap, system=None) for one in found)
         count = write_rows(_rows(here, "weaker"), rows)
-        return StageResult((_rows(here, "weaker"), *shards_below(folder)), {"rows": count, "problems": len(pool)})
+        return StageResult((_rows(here, "weaker"), *shards_below(folder)), {"rows": count, "problems": len(problems)})
 
     return Stage(
         here, "weaker-rows", settings, lambda: {"base": input_digest(run.round(0), "base")}, work, resumes=True
@@ -260,16 +269,15 @@ def _answers_stage(config: Config, run: RunDir) -> Stage:
     settings |= {"problems": to_dict(config.problems)}
 
     def work() -> StageResult:
-        pool, chosen = load_problems(config.problems).train, read_json(_choice(run))
+        problems, chosen = load_problems(config.problems).train, read_json(_choice(run))
+        folder = here.path / "answers"
         told = [
-            (here.path / "answers" / "chosen" / task, str(chosen[task]["instruction"]), problems)
-            for task, problems in by_task(pool).items()
+            (folder / "chosen" / task, str(chosen[task]["instruction"]), group)
+            for task, group in by_task(problems).items()
         ]
-        told.append((here.path / "answers" / "plain", config.orca.cautious, list(pool)))
+        told.append((folder / "plain", config.orca.cautious, list(problems)))
         ask(config, config.teacher, "", told, "teacher")
-        counts = {kind: tree_counts(pool, here.path / "answers" / kind / task) for kind, task in [("plain", "")]}
-        for folder, _, problems in told[:-1]:
-            counts[folder.name] = tree_counts(problems, folder)
+        counts = {str(path.relative_to(folder)): tree_counts(group, path) for path, _, group in told}
         return StageResult(tuple(shards_below(here.path / "answers")), counts)
 
     return Stage(here, "answers", settings, lambda: {"choice": input_digest(here, "select")}, work, resumes=True)
@@ -280,9 +288,8 @@ def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
     settings = {"model": to_dict(config.model), "orca": {k: v for k, v in to_dict(orca).items() if k in _READ_BY_ROWS}}
 
     def work() -> StageResult:
-        folder = source.path / "answers"
-        plain = {one.problem_id: one for one in answers(config, folder / "plain")}
-        both = [one for one in answers(config, folder / "chosen") if one.problem_id in plain]
+        plain = {one.problem_id: one for one in answers(config, source.path, "answers/plain")}
+        both = [one for one in answers(config, source.path, "answers/chosen") if one.problem_id in plain]
         found = [plain[one.problem_id] for one in both] if orca.arm == "plain" else both
         system, wrap = None if orca.arm == "visible" else orca.cautious, _wrap(config, run)
         rows: list[ExplanationRow] = [explanation_row(one, wrap, system=system) for one in found]

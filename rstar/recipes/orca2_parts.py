@@ -137,12 +137,12 @@ def ask(
         search_all(job, todo, config.cluster, progress)
 
 
-def answers(config: Config, folder: Path) -> Iterator[Explanation]:
-    """The usable answers below a folder, folder by folder; their trees are told apart by the folders' names."""
-    for path in sorted({shard.parent for shard in shards_below(folder)}):
+def answers(config: Config, root: Path, name: str) -> Iterator[Explanation]:
+    """The usable answers in the folders below `root / name`; ids of trees begin with their folder below `root`."""
+    for path in sorted({shard.parent for shard in shards_below(root / name)}):
         for tree in read_trees(path):
             if one := explanation(tree, only_correct=config.orca.only_correct):
-                yield replace(one, tree_id=f"{path.relative_to(folder.parent)}/{one.tree_id}")
+                yield replace(one, tree_id=f"{path.relative_to(root)}/{one.tree_id}")
 
 
 def shards_below(folder: Path) -> list[Path]:
