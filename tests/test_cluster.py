@@ -93,7 +93,7 @@ def test_interrupted_tree_is_continued_from_its_checkpoint(inline: Path, tmp_pat
             raise Stop
 
         worker._writers[0].append = once  # type: ignore[method-assign,assignment]
-        with pytest.raises(ExceptionGroup):
+        with pytest.raises(Stop):
             await collect(items(PROBLEMS[:1]), worker.search_problem, in_flight=1, on_done=lambda s: None)
         await worker.close()
 

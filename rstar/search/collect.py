@@ -6,7 +6,6 @@ and awaits, the engine batches.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import os
@@ -330,6 +329,4 @@ async def collect(
         for item in queue:
             on_done(await search_problem(item))
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(in_flight, len(items))):
-            group.create_task(puller())
+    await together(*(puller() for _ in range(min(in_flight, len(items)))))
