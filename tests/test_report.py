@@ -13,7 +13,7 @@ import pytest
 
 from rstar.evaluation import Candidate, EvalRecord, measures
 from rstar.report.html import embedded, page, write_report
-from rstar.report.results import results, results_markdown, results_table
+from rstar.report.results import results, results_table
 from rstar.report.sample import pack, sample_trees
 from rstar.report.show import best_path, clean, find_trees, near, problem_ids, show_tree
 from rstar.rounds import RoundDir, RunDir
@@ -171,12 +171,6 @@ def test_the_table_says_the_figures_and_a_dash_where_there_is_none(run: Path) ->
     assert _cells(training, "1 ")[1:] == ["11", "1.250 → 0.500", "17", "0.693 → 0.250", "62.5", "8"]
     assert "2 " not in [line[:2] for line in training.splitlines()]
     assert max(map(len, main.splitlines())) <= 100
-
-
-def test_markdown_rows_have_as_many_cells_as_heads(run: Path) -> None:
-    for table in results_markdown(results(run)).split("\n\n"):
-        assert len({line.count("|") for line in table.splitlines()}) == 1
-        assert "| 0 base (warm-up) |" in table
 
 
 def test_the_base_is_not_called_warm_up_where_there_was_none(run: Path) -> None:

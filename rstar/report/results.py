@@ -340,18 +340,9 @@ def verifier_table(results: Results) -> Table:
 
 def results_table(results: Results) -> str:
     """The results and the training figures for a terminal: plain text, right-aligned columns."""
-    return "\n\n".join(_plain(table) for table in _tables(results))
-
-
-def results_markdown(results: Results) -> str:
-    """The same tables in Markdown."""
-    return "\n\n".join(_markdown(table) for table in _tables(results))
-
-
-def _tables(results: Results) -> list[Table]:
     recorded = [table for one in results.rounds for table in one.tables]
     tables = [main_table(results), verifier_table(results), training_table(results), *recorded]
-    return [table for table in tables if table.rows]
+    return "\n\n".join(_plain(table) for table in tables if table.rows)
 
 
 def _plain(table: Table) -> str:
@@ -373,13 +364,6 @@ def _plain(table: Table) -> str:
     body = [*head, *(["  ".join(over)] if any(table.groups) else []), lines[0], rule, *lines[1:]]
     notes = (textwrap.fill(note, 100, initial_indent="  ", subsequent_indent="    ") for note in table.notes)
     return "\n".join([*(line.rstrip() for line in body), *notes])
-
-
-def _markdown(table: Table) -> str:
-    heads = [f"{group}: {head}" if group else head for group, head in zip(table.groups, table.heads, strict=True)]
-    rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *table.rows]
-    title = f"**{table.title}**\n\n" if table.title else ""
-    return title + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def share(solved: tuple[int, int] | None) -> str:
