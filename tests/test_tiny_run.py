@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rstar import cli
 from rstar.store import index, read_trees
 
 CONFIG = "configs/rstar_math/tiny.yaml"
@@ -131,15 +132,24 @@ def test_show_prints_a_tree_with_its_figures(run: Path) -> None:
         (["evolve", CONFIG, "problems=gsm8k", "problems.path=none.jsonl"], "none.jsonl"),
         (["evolve", CONFIG, "problems=gsm9k"], "gsm8k"),
         (["evolve", CONFIG, "model=./no-such-folder"], "no-such-folder"),
-        (["round", "7", CONFIG, "run.dir={tmp}"], "round"),
-        (["search", CONFIG, "--round", "2", "run.dir={tmp}"], "no finished stage"),
         (["show", "no-such-run"], "no-such-run"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
-    arguments = [text.replace("{tmp}", str(tmp_path / "run")) for text in arguments]
+def test_mistakes_are_answered_in_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if arguments[0] == "evolve":
-        arguments.append(f"run.dir={tmp_path / 'run'}")
-    out = rstar(*arguments)
+        arguments = [*arguments, f"run.dir={tmp_path / 'run'}"]
+    assert cli.run(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "Traceback" not in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["round", "7", CONFIG], "round"), (["search", CONFIG, "--round", "2"], "no finished stage")],
+)
+def test_mistake_of_a_stage_is_told_once_by_its_process(arguments: list[str], words: str, tmp_path: Path) -> None:
+    out = rstar(*arguments, f"run.dir={tmp_path / 'run'}")
     assert out.returncode == 2 and words in out.stderr
     assert "Traceback" not in out.stderr and len(out.stderr.strip().splitlines()) == 1
