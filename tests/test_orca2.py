@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rstar.cli import run
 from rstar.config import ModelSection, ProblemsSection, TrainSection, load
 from rstar.engines.worked_teacher import teacher_script
 from rstar.evaluation import bootstrap
@@ -270,7 +269,11 @@ def test_deviation_o11_evidence_that_comes_first_counts() -> None:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("orca2") / "run"
     overrides = [f"run.dir={folder}", f"orca.strategies={STRATEGIES}"]
-    assert run(["evolve", str(CONFIGS / "tiny.yaml"), *overrides]) == 0
+    config = load(orca2.Config, CONFIGS / "tiny.yaml", overrides)
+    orca2.check(config)
+    for number in range(config.run.rounds + 1):
+        for stage in orca2.stages(config, number):  # in this process: a stage's own would load torch each time
+            stage.execute()
     return RunDir(folder)
 
 
