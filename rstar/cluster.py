@@ -266,7 +266,7 @@ async def _on_ray(
             except RayTaskError as error:
                 if not isinstance(error.cause, EngineError):
                     raise error.cause from None
-                lost: Exception = error
+                lost: Exception = error.cause  # its own message, not the worker's traceback
             except RayError as error:
                 lost = error
             finally:
@@ -311,7 +311,7 @@ async def _started(actor: Any, number: int, section: ClusterSection, leases: Lea
 
 
 def _note_loss(number: int, lost: Exception, times: int, section: ClusterSection) -> None:
-    reason = str(lost).strip().splitlines()[0]
+    reason = (str(lost).strip() or type(lost).__name__).splitlines()[0]
     print(f"search worker {number} was lost ({reason}); starting it again", flush=True)
     if times > section.max_failures:
         raise UserError(

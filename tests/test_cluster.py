@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rstar.cluster import PASSIVE_WAIT, Leases, dear_first, search_all
+from rstar.cluster import PASSIVE_WAIT, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
+from rstar.engines.base import EngineError
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, collect, unfinished
 from rstar.store import index, read_trees
 from rstar.types import Problem, UserError
@@ -230,3 +231,13 @@ def test_cluster_that_is_not_there_is_a_user_error() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert "USER no Ray cluster" in out.stdout
+
+
+def test_lost_worker_is_reported_by_the_first_line_of_its_failure_or_by_its_kind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for failure, words in ((EngineError("vLLM died\nat length"), "vLLM died"), (EngineError(""), "EngineError")):
+        _note_loss(1, failure, 1, ClusterSection(max_failures=1))
+        assert f"search worker 1 was lost ({words})" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 search workers"):
+        _note_loss(1, EngineError(""), 2, ClusterSection(max_failures=1))
