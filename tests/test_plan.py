@@ -131,7 +131,7 @@ def test_plan_tells_done_from_to_do_and_estimates_from_what_was_measured(tmp_pat
     assert "search     done" in text and "measured: 24,000 tokens in 300 engine calls" in text
     second = text.split("\nround 2")[1]
     assert "search     to do" in second
-    rollouts = 20 * (2 * (6 + 0.25 * 2) + 0.25 * 2)  # two seeds, +2 for the unsolved quarter, then a second pass of 2
+    rollouts = 20 * (2 * (3 + 0.25 * 2) + 0.25 * 2)  # two seeds, +2 for the unsolved quarter, then a second pass of 2
     assert f"as in round 1: {round(rollouts * 3 * 4 * 20):,} tokens" in second  # expansions x candidates x tokens
     _, other = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", "rounds.r1.search.c=1"])
     assert "search     refused" in plan(module, other) and "search.c: 2.0 -> 1.0" in plan(module, other)
