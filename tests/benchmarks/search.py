@@ -452,7 +452,9 @@ async def measure(parts: Sequence[str], engine: str, tokens: int, repeats: int) 
         for part, measurement in measurements.items():
             if part in parts:
                 print(f"{part} ...", file=sys.stderr, flush=True)
-                found |= await measurement()
+                figures = await measurement()
+                print(json.dumps(rounded(figures)), file=sys.stderr, flush=True)
+                found |= figures
     return found | {"cores": len(os.sched_getaffinity(0)), "load_at_start": load, "repeats": repeats}
 
 
