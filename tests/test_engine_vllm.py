@@ -293,7 +293,9 @@ async def test_policy_and_scorer_at_work_together_give_what_each_gives_alone(
         assert [s.logprob for s in samples] == pytest.approx([sample.logprob] * 4, abs=1e-3)
 
 
-async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(checkpoints: dict[str, Path]) -> None:
+async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(
+    checkpoints: dict[str, Path], policy: VllmPolicy
+) -> None:
     threads = torch.get_num_threads()
     engine = VllmPolicy(checkpoints["untied_policy"], SECTION)
     await assert_equals_transformers(engine, checkpoints["untied_policy"])
@@ -307,6 +309,7 @@ async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(checkp
         await pending
     with pytest.raises(EngineError, match="closed"):
         await greedy(engine)
+    await assert_equals_transformers(policy, checkpoints["policy"])  # another engine of this process lives on
     torch.set_num_threads(threads + 1)  # vLLM's CPU worker turns this into a no-op for the whole process
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)

@@ -194,6 +194,9 @@ def test_driver_stops_at_a_safe_point_without_leaving_a_process(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
     )
     wait_for(lambda: finished(folder) or driver.poll() is not None, 120)
     assert driver.poll() is None, driver.communicate()

@@ -354,7 +354,8 @@ def test_the_paper_s_benchmarks_are_known():
         "GSM8K",
         "Gaokao",
     }
-    assert all(b.size > 0 and (b.hub_id or name == "collegemath") for name, b in BENCHMARKS.items())
+    paper = {name: b for name, b in BENCHMARKS.items() if b.column}
+    assert all(b.size > 0 and (b.hub_id or name == "collegemath") for name, b in paper.items())
 
 
 def test_a_benchmark_reads_from_a_local_file_in_either_layout(tmp_path):

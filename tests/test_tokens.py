@@ -120,7 +120,8 @@ def test_question_wrapper_takes_everything_from_the_config(tiny_model: Path, tmp
     chat = question_wrapper(tiny_model, section)("Q2")
     assert chat == wrap_question(load_tokenizer(tiny_model), "Q2", system="S", few_shot=[("Q1", "<code>\nA1\n")])
     slm = question_wrapper("", dataclasses.replace(section, template="slm"))("Q2")
-    assert slm == wrap_question(None, "Q2", template="slm", few_shot=[("Q1", "<code>\nA1\n")])
+    assert slm == wrap_question(None, "Q2", template="slm", system="S", few_shot=[("Q1", "<code>\nA1\n")])
+    assert slm.startswith("S\n\n<|user|>:\nQ1")
     with pytest.raises(UserError, match="template=slm"):
         question_wrapper("", section)
 

@@ -34,10 +34,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from vllm import AsyncEngineArgs, EngineArgs, LLMEngine, PoolingParams, TokensPrompt
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
+from vllm.v1.engine import core as engine_core
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rstar.config import EngineSection
@@ -171,6 +171,19 @@ class AsyncEngine:
         return self._engine
 
 
+@contextmanager
+def _process_group_of_others() -> Iterator[None]:
+    """vLLM's shutdown tears the process's group down (a trainer of this process then starts its own); as long as other
+    engines of this process live by it, it stays."""
+    tear_down = engine_core.cleanup_dist_env_and_memory
+    if _open_in_process:
+        engine_core.cleanup_dist_env_and_memory = lambda: None
+    try:
+        yield
+    finally:
+        engine_core.cleanup_dist_env_and_memory = tear_down
+
+
 class _ThreadEngine:
     """vLLM's engine in this process; one thread builds it, steps it and runs every call on it."""
 
@@ -275,11 +288,10 @@ class _ThreadEngine:
             if not future.done():
                 future.set_exception(EngineError(ended))
         with _turns:
-            engine.engine_core.shutdown()
-            del engine
             _open_in_process.discard(id(self))
-            if not _open_in_process:
-                cleanup_dist_env_and_memory()  # frees the process group: a trainer of this process starts its own
+            with _process_group_of_others():
+                engine.engine_core.shutdown()
+            del engine
             gc.collect()
 
     def _take(self, engine: LLMEngine) -> bool:
