@@ -1,7 +1,9 @@
-# Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH.
+# Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH;
+# `ray` is the one on PATH, or that environment's.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RSTAR="${RSTAR:-$([ -x .venv/bin/rstar ] && echo .venv/bin/rstar || echo rstar)}"
+PATH="$PATH:$PWD/.venv/bin"
 
 usage_or_go() { # usage_or_go HOW_MANY "$@": print the launcher's own first comment for --help or too few arguments
     local needed="$1"

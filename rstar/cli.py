@@ -48,12 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return int(options.act(options) or 0)
     except UserError as error:
-        return _complain(error)
-    except ExceptionGroup as group:
-        mistakes, _ = group.split(UserError)
-        if mistakes is None:
-            raise
-        return _complain(_first(mistakes))
+        print(f"rstar: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         if options.act is not commands.one_stage:  # its driver says it
             by = f" by {stop}" if stop.args else ""
@@ -65,16 +61,6 @@ def _stop_code(stop: KeyboardInterrupt) -> int:
     from rstar.stopping import REQUEUE
 
     return REQUEUE if stop.args else 130
-
-
-def _complain(error: BaseException) -> int:
-    print(f"rstar: {error}", file=sys.stderr)
-    return 2
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,9 @@ def evolve(options: argparse.Namespace) -> int:
 
         print(plan(module, config))
         return 0
-    run = module.run_dir(config)
+    from rstar.rounds import run_dir
+
+    run = run_dir(config.run)
     if options.fresh and run.path.exists():
         import shutil
 
@@ -41,10 +43,11 @@ def one_round(options: argparse.Namespace) -> int:
 def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers: Sequence[int]) -> int:
     """Run the rounds' unfinished stages, each in a process of its own, and refresh the report after each round."""
     from rstar.cluster import ray_session
+    from rstar.rounds import run_dir
     from rstar.stopping import stop_on_signals
 
     stop_on_signals()
-    run, begun, ran = module.run_dir(config), time.monotonic(), 0
+    run, begun, ran = run_dir(config.run), time.monotonic(), 0
     run.acquire()
     try:
         problems = module.check(config)
@@ -102,11 +105,12 @@ def one_stage(options: argparse.Namespace) -> int:
 
 
 def stage(options: argparse.Namespace) -> int:
+    from rstar.rounds import run_dir
     from rstar.stopping import stop_on_signals
 
     stop_on_signals()
     module, config = load_options(options)
-    run = module.run_dir(config)
+    run = run_dir(config.run)
     run.acquire()
     try:
         module.check(config)
@@ -127,12 +131,13 @@ def stage(options: argparse.Namespace) -> int:
 
 def search(options: argparse.Namespace) -> int:
     from rstar.recipes.regrow import Change, take_up
+    from rstar.rounds import run_dir
 
     change = Change(options.rollouts, options.unsolved, options.seeds, options.rescore)
     if change == Change():
         return stage(options)
     module, config = load_options(options)
-    run = module.run_dir(config)
+    run = run_dir(config.run)
     run.acquire()
     try:
         module.check(config)

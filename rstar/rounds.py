@@ -27,6 +27,7 @@ from rstar.config import (
     ModelSection,
     PpmSection,
     ProblemsSection,
+    RunSection,
     SearchSection,
     TrainSection,
     WarmupSection,
@@ -215,6 +216,11 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def run_dir(section: RunSection) -> RunDir:
+    """The run's folder: run.dir, or runs/<name>."""
+    return RunDir(Path(section.dir) if section.dir else Path("runs") / section.name)
 
 
 def path_digest(path: Path) -> str:

@@ -51,7 +51,6 @@ from rstar.recipes.flow_parts import (
     flow_pass,
     measured_accuracy,
     reference_rows,
-    run_dir,
     search,
     search_job,
     settings_of,
@@ -62,7 +61,7 @@ from rstar.recipes.flow_parts import (
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
 from rstar.report.progress import Line, TrainingProgress
-from rstar.rounds import RunDir, Stage, StageResult, input_digest
+from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
 from rstar.store import read_json, shards, write_rows
 from rstar.tree import Tree
@@ -71,7 +70,7 @@ from rstar.types import Problem, UserError
 
 def stages(config: Config, number: int) -> list[Stage]:
     """The stages of round `number` in order."""
-    run, config = run_dir(config), for_round(config, number)
+    run, config = run_dir(config.run), for_round(config, number)
     if number == 0:
         return [_base_stage(config, run), _frozen_stage(config, run)]
     if number == 1:
@@ -96,7 +95,7 @@ def check(config: Config) -> ProblemSet:
     problems = load_problems(config.problems)
     if not problems.heldout or not problems.train:
         raise UserError("no training or no held-out problems", need="both", how="see problems.*")
-    base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
+    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
     return problems
 

@@ -91,11 +91,6 @@ class Config:
     rounds: dict[str, Any] = field(default_factory=dict)
 
 
-def run_dir(config: Config) -> RunDir:
-    """The run's folder: run.dir, or runs/<name>."""
-    return RunDir(Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name)
-
-
 def base_of(config: Config, run: RunDir) -> str:
     """What adapters and compiled models start from: the warm-up where there is one, else the base model."""
     if config.warmup.enabled:

@@ -53,24 +53,23 @@ from rstar.recipes.orca2_parts import (
     answers,
     ask,
     by_task,
-    run_dir,
     shards_below,
     teacher_settings,
     tree_share,
 )
 from rstar.recipes.strategies import Strategies, choose, load_strategies
 from rstar.report.progress import TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
+from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.store import read_json, write_json, write_rows
 from rstar.tokens import check_tokenizer, load_tokenizer, wrap_question
 from rstar.types import Problem, SftRow, UserError
 
-__all__ = ["Config", "check", "progression", "run_dir", "stages"]
+__all__ = ["Config", "check", "progression", "stages"]
 
 
 def stages(config: Config, number: int) -> list[Stage]:
     """The stages of round `number` in order."""
-    run, config = run_dir(config), for_round(config, number)
+    run, config = run_dir(config.run), for_round(config, number)
     if number == 0:
         return [_base_stage(config, run), _eval_stage(config, run, 0)]
     before: list[Stage] = []
@@ -99,7 +98,7 @@ def check(config: Config) -> ProblemSet:
     if config.weaker.epochs and not strategies.messages:
         raise UserError(f"{config.orca.strategies} has no messages", need="some, or weaker.epochs=0")
     heldout_problems(config.eval.benchmarks, problems, config.eval.problems)
-    base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
+    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
     return problems
 

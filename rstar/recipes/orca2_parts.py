@@ -22,7 +22,6 @@ from rstar.config import (
 from rstar.extract.explanations import Explanation, explanation
 from rstar.recipes.base_model import absolute
 from rstar.report.progress import SearchProgress
-from rstar.rounds import RunDir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
 from rstar.store import read_trees, shards
 from rstar.types import Problem
@@ -94,11 +93,6 @@ class Config:
     rounds: dict[str, Any] = field(
         default_factory=lambda: {"r2": {"orca": {"arm": "visible"}}, "r3": {"orca": {"arm": "plain"}}}
     )
-
-
-def run_dir(config: Config) -> RunDir:
-    """The run's folder: run.dir, or runs/<name>."""
-    return RunDir(Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name)
 
 
 def by_task(problems: Sequence[Problem]) -> dict[str, list[Problem]]:

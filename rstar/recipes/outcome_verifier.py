@@ -59,7 +59,7 @@ from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import problem_trees, tree_counts
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import SearchProgress, TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
+from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
 from rstar.store import shards, write_json, write_rows
 from rstar.types import OutcomeRow, Problem, SftRow, UserError
@@ -110,18 +110,13 @@ class Config:
 
 def stages(config: Config, number: int) -> list[Stage]:
     """The stages of round `number` in order."""
-    run = run_dir(config)
+    run = run_dir(config.run)
     config = for_round(config, number)
     if number == 0:
         trained = [_fine_tuning_stage(config, run, epochs) for epochs in _epochs(config)]
         return [_base_stage(config, run), *trained, _baseline_stage(config, run)]
     drawn = [_search_stage(config, run), _candidates_stage(config, run)] if number == 1 else []
     return [*drawn, *(make(config, run, number) for make in (_extract_stage, _verifier_stage, _eval_stage))]
-
-
-def run_dir(config: Config) -> RunDir:
-    """The run's folder: run.dir, or runs/<name>."""
-    return RunDir(Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name)
 
 
 def check(config: Config) -> ProblemSet:
@@ -137,7 +132,7 @@ def check(config: Config) -> ProblemSet:
     problems = load_problems(config.problems)
     if not problems.heldout:
         raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
-    base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
+    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
     return problems
 

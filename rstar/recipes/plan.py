@@ -13,7 +13,7 @@ from rstar.problems import BENCHMARKS, load_problems
 from rstar.recipes import rstar_math
 from rstar.recipes.measuring import eval_passes, problem_limit
 from rstar.report.results import count
-from rstar.rounds import RunDir, Stage
+from rstar.rounds import RunDir, Stage, run_dir
 from rstar.types import UserError
 
 
@@ -41,7 +41,7 @@ def plan(module: ModuleType, config: Any) -> str:
 
     Of recipes other than rStar-Math it lists the stages and their state, without costs.
     """
-    run: RunDir = module.run_dir(config)
+    run = run_dir(config.run)
     train, heldout, note = problem_counts(config.problems)
     lines = [f"{run.path}: {note}; {count(heldout)} held out"]
     total = 0.0

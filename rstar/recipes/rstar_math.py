@@ -76,7 +76,7 @@ from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts
 from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.report.progress import SearchProgress, TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest
+from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
 from rstar.store import index, shards, write_json, write_rows
 from rstar.tokens import question_wrapper
@@ -107,7 +107,7 @@ class Config:
 
 def stages(config: Config, number: int) -> list[Stage]:
     """The stages of round `number` in order; round 0 is the base model and its evaluation."""
-    run = run_dir(config)
+    run = run_dir(config.run)
     config = for_round(config, number)
     if number == 0:
         return [_base_stage(config, run), _eval_stage(config, run, 0)]
@@ -118,11 +118,6 @@ def stages(config: Config, number: int) -> list[Stage]:
         _ppm_stage(config, run, number),
         _eval_stage(config, run, number),
     ]
-
-
-def run_dir(config: Config) -> RunDir:
-    """The run's folder: run.dir, or runs/<name>."""
-    return RunDir(Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name)
 
 
 def check(config: Config) -> ProblemSet:
@@ -136,7 +131,7 @@ def check(config: Config) -> ProblemSet:
         )
     if config.bootstrap.enabled:
         question_wrapper(config.bootstrap.model.base, config.bootstrap.model)
-    base = base_model(config.model, run_dir(config).path, seed=config.run.seed)
+    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     if config.engine.kind != "simulated":
         check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
     return problems

@@ -31,6 +31,7 @@ from rstar.config import PpmSection, TrainSection, load
 from rstar.extract.preferences import preference_rows
 from rstar.extract.sft import sft_rows
 from rstar.recipes import rstar_math
+from rstar.rounds import run_dir
 from rstar.store import read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, micro_batches
@@ -58,7 +59,7 @@ def searched() -> tuple[Path, Path]:
     for stage in (rstar_math.stages(config, 0)[0], rstar_math.stages(config, 1)[0]):  # the warm-up, the search
         if stage.finished() is None:
             stage.execute()
-    made = rstar_math.run_dir(config)
+    made = run_dir(config.run)
     return made.round(1).trees, made.round(0).policy
 
 
