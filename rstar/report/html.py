@@ -119,6 +119,7 @@ def _header(found: Results) -> str:
         "Base model": found.setting("model", "base"),
         "Engine": engine,
         "Training problems": _problems(found),
+        "Machine": "; ".join(found.machines),
         "Settings digest": digest(found.settings),
         "Written by": f"rstar {found.version}" if found.version else None,
         "Files of": _newest(found),

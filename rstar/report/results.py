@@ -94,6 +94,7 @@ class Results:
     warmup: bool
     settings: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # round -> stage -> the settings it read
     version: str = ""
+    machines: tuple[str, ...] = ()  # on which stages ran, the newest last
 
     @property
     def verified(self) -> bool:
@@ -140,16 +141,17 @@ def results(run: Path) -> Results:
     """Read the figures of a run, finished or not. Raises UserError where the path is no run."""
     rounds: list[RoundResult] = []
     settings: dict[int, dict[str, Any]] = {}
-    warmup, version = False, ""
+    warmup, version, machines = False, "", dict[str, None]()
     for number in round_numbers(run):
         folder = RoundDir(run, number)
         records = folder.records()
         rounds.append(_round_result(folder, records))
         settings[number] = {name: record.settings for name, record in _ordered(records)}
         version = next((r.version for r in records.values() if r.version), version)
+        machines |= dict.fromkeys(record.machine for _, record in _ordered(records) if record.machine)
         if "base" in records:
             warmup = bool(records["base"].settings.get("warmup", {}).get("enabled", False))
-    return Results(run, tuple(rounds), warmup, settings, version)
+    return Results(run, tuple(rounds), warmup, settings, version, tuple(machines))
 
 
 def _ordered(records: Mapping[str, StageRecord]) -> list[tuple[str, StageRecord]]:
