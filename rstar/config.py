@@ -165,6 +165,9 @@ class SearchSection:
     unvisited_first: bool = True  # UCT is infinite at N = 0; false: 0, as in the official code (D1)
     back_up_dead_ends: bool = True  # false: a dead end's -1 stays with its node (as in the official code, D3)
     back_up_max_depth: bool = True  # false: the same for max_depth (D4)
+    drop_failed_steps: bool = (
+        True  # only steps whose code runs are kept; false: without output, and never run again (D20)
+    )
     first_answer_only: bool = False  # an expansion with an answer keeps its first and nothing else (official code, D5)
     use_ppm: bool = False  # PPM-augmented instead of terminal-guided
     ppm: str = ""  # folder of that PPM; empty: the one of the round before
@@ -181,7 +184,8 @@ class ExtractSection:
     """Which rows are taken from the trees (rStar-Math section 3.4 and code)."""
 
     merge_seeds: bool = True  # a problem's trees of several seeds are merged by prefix before rows are taken
-    sft_top: int = 2  # correct trajectories kept per problem, by mean Q
+    sft_top: int = 2  # correct trajectories kept per problem
+    sft_by: str = "mean_q"  # which: mean_q, or random (the rival of rStar-Math's Table 7)
     min_synthetic_accuracy: float = 0.5  # synthetic problems with a smaller share of correct answers give no SFT row
     positives: int = 2  # per prefix
     negatives: int = 2
@@ -224,7 +228,7 @@ class TrainSection:
 class PpmSection(TrainSection):
     """The process preference model."""
 
-    epochs: float = 1
+    epochs: float = 1  # 0: the round trains no PPM
     batch_size: int = 512  # pairs per optimizer step
     score_scale: float = 5.0  # score = tanh(raw / scale)
     tanh_in_loss: bool = False

@@ -58,11 +58,12 @@ def test_searches_take_every_switch_from_the_config() -> None:
         back_up_dead_ends=False,
         back_up_max_depth=False,
         first_answer_only=True,
+        drop_failed_steps=False,
         answer_candidates=3,
     )
     sampling = _sampling(section)
-    switches = ("ppm_prior_visits", "back_up_dead_ends", "back_up_max_depth", "first_answer_only", "answer_candidates")
-    for name in switches:
+    for name in ("ppm_prior_visits", "back_up_dead_ends", "back_up_max_depth", "first_answer_only", "drop_failed_steps",
+                 "answer_candidates"):  # fmt: skip
         assert getattr(sampling, name) == getattr(section, name) != getattr(SearchSection(), name), name
 
 
@@ -245,3 +246,19 @@ def test_deviation_D18_synthetic_answers_agree_as_numbers_or_texts() -> None:
     answers = ["1/2", "0.5", "\\frac12", "0.51", "3"]
     assert agreeing_answer(answers, 3) == "1/2" and agreeing_answer(answers, 4) is None
     assert agreeing_answer(["5", "6", "6"], 3) is None and agreeing_answer(["5", "6", "6"], 0) == "6"
+
+
+async def test_deviation_D20_switch_keeps_steps_that_fail_and_never_runs_them_again() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        if "<end_of_code>" in prompt:
+            return answer("7")
+        return finish("7") if depth_of(prompt) == 1 else step(1, "boom(1)")
+
+    dropped, kept = grow(script, candidates=1), with_switch(grow(script, candidates=1), drop_failed_steps=False)
+    await Mcts(dropped).search(2)
+    assert not dropped.tree.answers() and dropped.tree.nodes[1].terminal is TerminalReason.CODE_ERROR
+    await Mcts(kept).search(2)
+    (leaf,) = kept.tree.answers()
+    failed, finished, _ = kept.tree.path(leaf)
+    assert failed.error and failed.code is None and failed.stdout == "" and failed.status == "error"
+    assert finished.stdout == "7\n" and "<output>" not in "".join(text for text, _ in path_segments(kept.tree, failed))

@@ -17,7 +17,7 @@ from rstar.search.mcts import Mcts
 from rstar.search.tree_operations import merge
 from rstar.store import write_rows
 from rstar.tree import Node, Tree
-from rstar.types import Problem, TerminalReason, Trajectory
+from rstar.types import Problem, TerminalReason, Trajectory, UserError
 from tests.fakes import branching, grow, step
 
 
@@ -83,6 +83,16 @@ async def test_sft_rows_are_distinct_correct_and_carry_borders_and_provenance() 
         ours = [text for text, model in row.segments if not model]
         assert ours == ["<output>v<end_of_output>\n<answer>"]
     assert len(sft_rows([tree, tree], top=9)) == len(sft_rows([tree], top=9))  # the same text twice is one row
+
+
+async def test_random_choice_takes_correct_solutions_regardless_of_q_and_the_same_ones_every_time() -> None:
+    tree = await searched()
+    every = {row.completion for row in sft_rows([tree], top=99)}
+    drawn = [row.completion for row in sft_rows([tree], top=99, by="random")]
+    assert set(drawn) == every and drawn != [row.completion for row in sft_rows([tree], top=99)]
+    assert [row.completion for row in sft_rows([tree], top=2, by="random")] == drawn[:2]
+    with pytest.raises(UserError, match="mean_q or random"):
+        sft_rows([tree], by="q")
 
 
 async def test_word_error_in_a_solution_does_not_drop_it() -> None:

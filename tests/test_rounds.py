@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rstar.recipes import load_config
-from rstar.recipes.rstar_math import base_checkpoint, ppm_rows, stages
+from rstar.recipes.rstar_math import base_checkpoint, check, ppm_rows, stages
 from rstar.report.unsolved import unsolved, unsolved_text
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
 from rstar.search.collect import SearchWorker
@@ -267,6 +267,14 @@ def test_a_round_takes_overrides_although_earlier_rounds_ran_with_others(tmp_pat
         stages(other, 1)[0].finished()
     overlay = configured(tmp_path, tiny_model, "rounds.r2.search.rollouts=9", "rounds.r2.sft.epochs=7")
     assert stages(overlay, 1)[0].finished() is not None and stages(overlay, 2)[0].settings["search"]["rollouts"] == 9
+
+
+def test_round_without_a_ppm_has_no_such_stage_and_none_may_search_with_it(tmp_path: Path, tiny_model: Path) -> None:
+    rival = ("search.method=sample", "ppm.epochs=0", "rounds.r2.search.use_ppm=false")
+    config = configured(tmp_path, tiny_model, *rival)
+    assert [stage.name for stage in stages(config, 2)] == ["search", "extract", "policy", "eval"]
+    with pytest.raises(UserError, match=r"round 2 searches with a PPM, round 1 trains none"):
+        check(configured(tmp_path, tiny_model, *rival[:2]))
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from rstar.extract.trajectories import provenance, ranked, trajectories
 from rstar.problems.records import SYNTHETIC
 from rstar.tree import Tree
-from rstar.types import SftRow
+from rstar.types import SftRow, UserError
 
 
-def sft_rows(trees: Sequence[Tree], *, top: int = 2, min_synthetic_accuracy: float = 0.5) -> list[SftRow]:
+def sft_rows(
+    trees: Sequence[Tree], *, top: int = 2, by: str = "mean_q", min_synthetic_accuracy: float = 0.5
+) -> list[SftRow]:
     """Rows of one problem from all its trees (several seeds): the `top` distinct correct trajectories.
+
+    They are the best `by` "mean_q", or taken at "random": the same ones every time, each answer leaf as likely as any.
 
     Distinct means by their whole text. Every step of an answer path ran without an error, so nothing has to be
     dropped afterwards (the official code drops texts that contain "error", good ones too). Rows that share a prefix
@@ -26,7 +31,14 @@ def sft_rows(trees: Sequence[Tree], *, top: int = 2, min_synthetic_accuracy: flo
     correct = [t for tree in trees for t in trajectories(tree) if t.reward == 1.0]
     rows: list[SftRow] = []
     seen: set[str] = set()
-    for trajectory in ranked(correct):
+    match by:
+        case "mean_q":
+            correct = ranked(correct)
+        case "random":
+            random.Random(trees[0].problem.id if trees else "").shuffle(correct)
+        case _:
+            raise UserError(f"extract.sft_by={by}", need="mean_q or random")
+    for trajectory in correct:
         completion = "".join(text for text, _ in trajectory.segments)
         if completion in seen or len(rows) == top:
             continue

@@ -17,7 +17,12 @@ from rstar.types import SftRow
 
 def policy_rows(trees: Sequence[Tree], section: ExtractSection) -> list[SftRow]:
     """SFT rows of one problem's trees."""
-    return sft_rows(_merged(trees, section), top=section.sft_top, min_synthetic_accuracy=section.min_synthetic_accuracy)
+    return sft_rows(
+        _merged(trees, section),
+        top=section.sft_top,
+        by=section.sft_by,
+        min_synthetic_accuracy=section.min_synthetic_accuracy,
+    )
 
 
 def scorer_rows(trees: Sequence[Tree], section: ExtractSection, loss: str) -> list[Any]:

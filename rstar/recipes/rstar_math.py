@@ -43,6 +43,7 @@ D18 synthetic answers agree when they are the same number or the same text but f
     compares the 10 solutions: problems.min_agreement=0 keeps the most frequent answer whatever its votes.
 D19 extraction reads the trees of several seeds as one, merged by prefix, so that siblings of all seeds face each other;
     P does not say: extract.merge_seeds=false.
+D20 P keeps a step only where its code runs; search.drop_failed_steps=false keeps it, without output, for comparison.
 """
 
 from __future__ import annotations
@@ -111,13 +112,9 @@ def stages(config: Config, number: int) -> list[Stage]:
     config = for_round(config, number)
     if number == 0:
         return [_base_stage(config, run), _eval_stage(config, run, 0)]
-    return [
-        _search_stage(config, run, number),
-        _extract_stage(config, run, number),
-        _policy_stage(config, run, number),
-        _ppm_stage(config, run, number),
-        _eval_stage(config, run, number),
-    ]
+    made = [_search_stage(config, run, number), _extract_stage(config, run, number), _policy_stage(config, run, number)]
+    made += [_ppm_stage(config, run, number)] if config.ppm.epochs else []
+    return [*made, _eval_stage(config, run, number)]
 
 
 def check(config: Config) -> ProblemSet:
@@ -129,6 +126,13 @@ def check(config: Config) -> ProblemSet:
         raise UserError(
             "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
         )
+    for number in range(2, config.run.rounds + 1):
+        search = for_round(config, number).search
+        if search.use_ppm and not search.ppm and not for_round(config, number - 1).ppm.epochs:
+            raise UserError(
+                f"round {number} searches with a PPM, round {number - 1} trains none (ppm.epochs=0)",
+                need="a PPM, or search.use_ppm=false",
+            )
     if config.bootstrap.enabled:
         question_wrapper(config.bootstrap.model.base, config.bootstrap.model)
     base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
@@ -345,7 +349,7 @@ _TREE = ("c", "selection")
 
 
 def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here = run.round(number)
+    here, with_ppm = run.round(number), number > 0 and config.ppm.epochs > 0
     settings = {
         "eval": {key: value for key, value in to_dict(config.eval).items() if number or key not in _GUIDED},
         "problems": to_dict(config.problems),
@@ -358,18 +362,18 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
     def inputs() -> dict[str, str]:
         if number == 0:
             return {"policy": input_digest(here, "base")}
-        return {"policy": input_digest(here, "policy"), "ppm": input_digest(here, "ppm")}
+        return {name: input_digest(here, name) for name in ("policy", "ppm") if name == "policy" or with_ppm}
 
     def work() -> StageResult:
         heldout = load_problems(config.problems).heldout
-        passes = eval_passes(config.eval, config.search, here.eval, with_ppm=number > 0)
+        passes = eval_passes(config.eval, config.search, here.eval, with_ppm=with_ppm)
         job = SearchJob(
             passes=tuple(passes.values()),
             engine=config.engine,
             sandbox=config.sandbox,
             model=config.model,
             policy=absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
-            ppm=absolute(str(here.ppm)) if number else "",
+            ppm=absolute(str(here.ppm)) if with_ppm else "",
         )
         sets = {m: heldout[: problem_limit(m, config.eval)] for m in passes}
         todo = [item for i, m in enumerate(passes) for item in unfinished(sets[m], job, i)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from rstar.config import EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import Policy, Scorer
 from rstar.engines.build import build_policy, build_scorer
+from rstar.engines.busy import Busy, WatchedPolicy, WatchedScorer
 from rstar.grading import Grader
 from rstar.prompts import STOP_SYSTEM, split_stop_question, step_prompt
 from rstar.sandbox import Sandbox
@@ -79,6 +80,7 @@ class ProblemSummary:
     problem_id: str
     level: str
     solved: bool  # at test time: an answer was found
+    test_time: bool
     trees: int
     rollouts: int
     tokens: int
@@ -86,6 +88,7 @@ class ProblemSummary:
     seconds: float
     outcomes: dict[str, int] = field(default_factory=dict)  # terminal reason -> nodes
     worker: str = ""
+    busy: float = 0.0  # share of the worker's time so far in which its engines had work, in [0, 1]
 
 
 def tree_id(problem: Problem, seed: int) -> str:
@@ -109,6 +112,7 @@ def summarise(item: WorkItem, trees: Sequence[Tree], *, test_time: bool) -> Prob
         problem_id=problem.id,
         level=problem.level,
         solved=any(tree.answers() for tree in trees) if test_time else any(tree.solved for tree in trees),
+        test_time=test_time,
         trees=len(trees),
         rollouts=sum(tree.rollouts_done for tree in trees),
         tokens=sum(tree.tokens for tree in trees),
@@ -126,6 +130,7 @@ class SearchWorker:
         self.job, self.name = job, name
         self.identity = f"{socket.gethostname()}:{os.getpid()}:{name}"
         self.sandbox = Sandbox(job.sandbox)
+        self._busy = Busy()
         self._grader: Grader | None = None
         self._policy: Policy | None = None
         self._scorer: Scorer | None = None
@@ -153,6 +158,7 @@ class SearchWorker:
         self._earlier = [index(one.folder) for one in job.passes]
         self._sources = [index(one.trees) if one.trees is not None else {} for one in job.passes]
         self._writers = [TreeWriter(one.folder / f"trees-{self.name}.jsonl.zst") for one in job.passes]
+        self._busy = Busy()  # its time begins when everything is loaded
 
     async def close(self) -> None:
         for writer in self._writers:
@@ -176,9 +182,10 @@ class SearchWorker:
     async def search_problem(self, item: WorkItem) -> ProblemSummary:
         """Grow one tree per seed, escalate while the problem has no correct answer, and store what is finished."""
         one = self.job.passes[item.pass_index]
-        if one.trees is not None:
-            return await self._score_again(item)
-        return summarise(item, await self.trees(item), test_time=one.test_time)
+        scored_again = one.trees is not None
+        trees = await (self._score_again(item) if scored_again else self.trees(item))
+        summary = summarise(item, trees, test_time=one.test_time or scored_again)
+        return replace(summary, busy=self._busy.share)
 
     async def trees(self, item: WorkItem) -> list[Tree]:
         """As search_problem, but the trees themselves."""
@@ -197,10 +204,10 @@ class SearchWorker:
             self._writers[item.pass_index].append(expander.tree)
         return trees
 
-    async def _score_again(self, item: WorkItem) -> ProblemSummary:
+    async def _score_again(self, item: WorkItem) -> list[Tree]:
         """Copy the problem's trees of the pass's `trees` with their answers scored; it generates nothing."""
         assert self._scorer is not None
-        trees = []
+        scorer, trees = WatchedScorer(self._scorer, self._busy), []
         for seed in self.job.passes[item.pass_index].search.seeds:
             source = self._sources[item.pass_index].get(tree_id(item.problem, seed))
             if source is None or not source.complete:
@@ -210,11 +217,11 @@ class SearchWorker:
             tree = read_frame(source)
             tree.ppm, tree.tokens, tree.engine_calls, tree.seconds = self.job.ppm, 0, 0, 0.0
             begun = time.monotonic()
-            await score_answers(tree, self._scorer)
+            await score_answers(tree, scorer)
             tree.seconds = time.monotonic() - begun
             self._writers[item.pass_index].append(tree)
             trees.append(tree)
-        return summarise(item, trees, test_time=True)
+        return trees
 
     async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
         section = self.job.passes[item.pass_index].search
@@ -294,8 +301,9 @@ class SearchWorker:
         async def grade(answer: str, problem: Problem) -> bool:
             return await grader.is_equivalent(answer, problem.answer)
 
-        scorer = self._scorer if one.search.use_ppm else None
-        return Tools(self._policy, scorer, self.sandbox.session, None if one.test_time else grade)
+        policy = WatchedPolicy(self._policy, self._busy)
+        scorer = WatchedScorer(self._scorer, self._busy) if one.search.use_ppm and self._scorer is not None else None
+        return Tools(policy, scorer, self.sandbox.session, None if one.test_time else grade)
 
 
 def _sampling(section: SearchSection) -> Sampling:
@@ -311,6 +319,7 @@ def _sampling(section: SearchSection) -> Sampling:
         ppm_prior_visits=section.ppm_prior_visits,
         back_up_dead_ends=section.back_up_dead_ends,
         back_up_max_depth=section.back_up_max_depth,
+        drop_failed_steps=section.drop_failed_steps,
         first_answer_only=section.first_answer_only,
     )
 

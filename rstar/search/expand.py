@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rstar.engines.base import ContextOverflow, Policy, Scorer
@@ -61,6 +61,7 @@ class Sampling:
     ppm_prior_visits: int = 1
     back_up_dead_ends: bool = True  # the official code keeps their -1, and that of max_depth, on the node itself
     back_up_max_depth: bool = True
+    drop_failed_steps: bool = True  # false: they go on without output, and are never run again
     first_answer_only: bool = False  # the official code drops the rest of an expansion with an answer
 
 
@@ -215,7 +216,11 @@ class Expander:
         _, execution = await self._session.run(state, candidate.step.code)
         candidate.execution = execution
         if execution.status is not ExecutionStatus.OK:
-            candidate.terminal, candidate.error = TerminalReason.CODE_ERROR, execution.error or execution.status.value
+            candidate.error = execution.error or execution.status.value
+            if self.sampling.drop_failed_steps:
+                candidate.terminal = TerminalReason.CODE_ERROR
+            else:
+                candidate.execution, candidate.step = replace(execution, stdout=""), replace(candidate.step, code=None)
         elif candidate.step.kind is StepKind.CODE and imitates("".join(n.stdout for n in path) + execution.stdout):
             candidate.terminal, candidate.error = TerminalReason.MALFORMED, "printed text imitates a delimiter"
 
