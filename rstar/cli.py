@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("number", type=int, help="round number, 0 for the base")
     with_config(one)
+    for sub in (evolve, one):
+        sub.add_argument("--repair", action="store_true", help="first take damaged files out, to make them again")
     for name, act, text, example in (
         ("search", commands.search, "grow one round's trees, or take the finished ones up again", SEARCH_EXAMPLES),
         (

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import time
 from collections import Counter
@@ -39,7 +40,7 @@ from rstar.config import (
     digest,
     to_dict,
 )
-from rstar.store import file_digest, read_json, write_json
+from rstar.store import TEMPORARY, file_digest, read_json, repair, room_for, write_json
 from rstar.types import UserError
 
 SECTIONS: Mapping[str, Callable[[], Any]] = {
@@ -99,12 +100,18 @@ class RoundDir:
         try:
             stages = read_json(self.manifest)["stages"]
             return {name: StageRecord(**record) for name, record in stages.items()}
-        except (UserError, KeyError, TypeError):
+        except (UserError, KeyError, TypeError, AttributeError):
             print(f"warning: {self.manifest} is damaged; its stages are done again", flush=True)
             return {}
 
     def record(self, stage: str) -> StageRecord | None:
         return self.records().get(stage)
+
+    def changed(self, stage: str) -> list[str]:
+        """Files and folders of a finished stage that are missing, or not what it wrote."""
+        record = self.record(stage)
+        made = {self.path / name: sha for name, sha in record.outputs.items()} if record is not None else {}
+        return [str(path) for path, sha in made.items() if not path.exists() or path_digest(path) != sha]
 
     def finished(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> StageRecord | None:
         """The record of `stage` if it is complete and its outputs are there; None if it has to be run.
@@ -197,10 +204,14 @@ class RunDir:
         return RoundDir(self.path, number)
 
     def acquire(self) -> None:
-        """Take the lock of this run. Raises UserError that names the holder when another driver has it."""
+        """Take the lock of this run, and remove what a killed driver left half written.
+
+        The lock ends with its process. Raises UserError that names the holder when another driver has it.
+        """
+        lock = self.path / "lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a+")
+            self._lock = lock.open("a+")
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}", need="a writable folder", how="set run.dir=PATH"
@@ -211,12 +222,41 @@ class RunDir:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise UserError(
-                f"{self.path} is in use by {holder}", need="one driver per run folder", how="wait, or set run.dir=PATH"
+                f"{self.path} is in use by {holder}",
+                need="one driver per run folder",
+                how=f"wait, or set run.dir=PATH; if that machine is dead, remove {lock}",
             ) from None
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(f"{socket.gethostname()} pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self._lock.flush()
+        except OSError as error:  # some network file systems have none
+            print(f"warning: no locks on {self.path} ({error.strerror}): start one driver only", flush=True)
+        with room_for(lock):
+            self._lock.seek(0)
+            self._lock.truncate()
+            self._lock.write(f"{socket.gethostname()} pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            self._lock.flush()
+        for path in list(self.path.glob(f"round_*/**/*{TEMPORARY}")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def repair(self) -> list[str]:
+        """Take damaged frames out of all shards, and the records of stages whose files are damaged or missing out of
+        the manifests, so that these are made again. Says what it did; the files of later rounds are left alone."""
+        told = []
+        for path in sorted(self.path.glob("round_*/**/trees-*.jsonl.zst")):
+            if lost := repair(path):
+                told.append(f"{path}: {lost} bytes of damaged frames taken out")
+        for here in self.rounds():
+            for stage in here.records():
+                if changed := here.changed(stage):
+                    dropped = ", ".join(here.drop(stage))
+                    told.append(f"{', '.join(changed)}: not as written; to be made again: {dropped}")
+                    break
+        return told
+
+    def rounds(self) -> list[RoundDir]:
+        """The rounds that have a folder, in order."""
+        return [self.round(int(path.name.removeprefix("round_"))) for path in sorted(self.path.glob("round_[0-9]*"))]
 
     def release(self) -> None:
         """Give the lock back. Idempotent."""
@@ -321,6 +361,7 @@ class Stage:
             return record
         self.round.path.mkdir(parents=True, exist_ok=True)
         inputs, begun = self.inputs(), time.monotonic()
+        self._check_inputs(inputs)
         if self.resumes and not self.round.started(self.name):
             self.round.start(self.name, self.settings, inputs)
         result = self.run()
@@ -332,6 +373,17 @@ class Stage:
             counts=result.counts,
             seconds=time.monotonic() - begun,
         )
+
+    def _check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Raise UserError where a file of the stages before is not what they wrote: nothing is made from damage."""
+        for here in RunDir(self.round.root).rounds():
+            for name, record in here.records().items():
+                if record.digest in inputs.values() and (changed := here.changed(name)):
+                    raise UserError(
+                        f"{', '.join(changed)} is not what stage {name} wrote",
+                        need="files as their record in manifest.json has them",
+                        how="restore it, or run `rstar evolve CONFIG --repair`, which makes it again",
+                    )
 
 
 def input_digest(round_dir: RoundDir, stage: str) -> str:

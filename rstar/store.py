@@ -10,19 +10,26 @@ how a finished one is continued or re-scored (which raises its revision, whateve
 An appended tree survives the death of its process (kill -9, out of memory) at once, because the kernel has it. What a
 power failure can take is bounded in time, not in trees: a worker syncs its shard once a second and on closing, and
 all shards are synced before a stage's record is written. What was lost is searched again.
+
+Every other file, and a checkpoint's folder, is written whole: under a temporary name, synced, renamed (`replacing`,
+`complete_or_absent`). So what stands under its own name is complete, whatever kills the process and wherever.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import shutil
 import struct
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import zstandard
@@ -34,6 +41,13 @@ _MAGIC = 0x184D2A57  # one of zstd's skippable-frame magics; decoders pass over 
 _HEAD = struct.Struct("<II")  # magic, size of the payload
 SYNC_SECONDS = 1.0  # one sync costs 3 ms on a local disk and more on shared storage, and the event loop stands still
 _PAYLOAD = struct.Struct("<QB")  # length of the tree's frame, 2 * revision + complete; the tree id follows
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_MEND = "restore the file, or run `rstar evolve CONFIG --repair`, which makes again what the damage took"
+TEMPORARY = ".tmp"  # ends the names of what is being written; only a killed process leaves one behind
+
+
+def reached(point: str, path: Path) -> None:
+    """Stands at every step of every write and does nothing; the fault tests kill the process in its place."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def scan(path: Path) -> Shard:
                 raise UserError(
                     f"{path} is damaged at frame {len(frames)} (byte {offset})",
                     need="whole frames",
-                    how="restore the file, or remove this stage's folder to search these problems again",
+                    how=_MEND,
                 )
             payload = file.read(payload_size)
             if len(payload) < payload_size:
@@ -94,28 +108,29 @@ def scan(path: Path) -> Shard:
 
 def read_frame(ref: FrameRef) -> Tree:
     """Read one tree. Raises UserError naming file and frame when its bytes are damaged."""
-    with ref.path.open("rb") as file:
-        file.seek(ref.offset)
-        data = file.read(ref.length)
-    try:
+    with _frame(ref) as data:
         lines = zstandard.ZstdDecompressor().decompress(data).split(b"\n")
         return Tree.from_rows([orjson.loads(line) for line in lines if line])
-    except (zstandard.ZstdError, orjson.JSONDecodeError) as error:
-        raise UserError(
-            f"{ref.path} is damaged in frame {ref.number} (tree {ref.tree_id}): {error}",
-            need="whole frames",
-            how="restore the file, or remove this stage's folder to search these problems again",
-        ) from error
 
 
 def read_head(ref: FrameRef) -> dict[str, Any]:
     """First line of a tree: the tree without its nodes, which are not decompressed."""
+    with _frame(ref) as data, io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(data)) as lines:
+        head: dict[str, Any] = orjson.loads(lines.readline())
+        return head
+
+
+@contextmanager
+def _frame(ref: FrameRef) -> Iterator[bytes]:
     with ref.path.open("rb") as file:
         file.seek(ref.offset)
         data = file.read(ref.length)
-    with io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(data)) as lines:
-        head: dict[str, Any] = orjson.loads(lines.readline())
-    return head
+    try:
+        yield data
+    except (zstandard.ZstdError, orjson.JSONDecodeError) as error:
+        raise UserError(
+            f"{ref.path} is damaged in frame {ref.number} (tree {ref.tree_id}): {error}", need="whole frames", how=_MEND
+        ) from error
 
 
 class TreeWriter:
@@ -142,15 +157,19 @@ class TreeWriter:
         )
         data = memoryview(_HEAD.pack(_MAGIC, len(payload)) + payload + frame)
         whole = os.fstat(self._fd).st_size
+        reached("appending", self.path)
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:  # a full disk: the next frame must not come behind half a one
+            with room_for(self.path):
+                while data:
+                    data = data[os.write(self._fd, data) :]
+        except BaseException:  # a full disk: the next frame must not come behind half a one
             os.ftruncate(self._fd, whole)
             raise
+        reached("appended", self.path)
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             os.fsync(self._fd)
             self._synced = time.monotonic()
+            reached("synced", self.path)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -191,30 +210,115 @@ def read_trees(folder: Path, *, complete_only: bool = True) -> Iterator[Tree]:
             yield read_frame(ref)
 
 
+def repair(path: Path) -> int:
+    """Take the damaged frames, a torn tail too, out of a shard; returns how many bytes those are."""
+    data = path.read_bytes()
+    whole: list[bytes] = []
+    offset = 0
+    while (offset := data.find(_MAGIC.to_bytes(4, "little"), offset)) >= 0:
+        end = _frame_end(data, offset)
+        whole.append(data[offset:end])
+        offset = max(end, offset + 1)
+    lost = len(data) - sum(map(len, whole))
+    if lost:
+        with replacing(path) as file:
+            file.writelines(whole)
+    return lost
+
+
+def _frame_end(data: bytes, offset: int) -> int:
+    """Where the frame that begins at `offset` ends; `offset` itself if none does, or a damaged one."""
+    start = offset + _HEAD.size
+    if start + _PAYLOAD.size > len(data):
+        return offset
+    length, start = int(_PAYLOAD.unpack_from(data, start)[0]), start + int(_HEAD.unpack_from(data, offset)[1])
+    try:
+        zstandard.ZstdDecompressor().decompress(data[start : start + length], allow_extra_data=False)
+    except zstandard.ZstdError:
+        return offset
+    return start + length
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Name the file that did not fit where a disk or quota is full, or cannot be written at all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; {free} bytes are free",
+            need="room for it",
+            how="make some; what was finished is whole, and the same command resumes",
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets the name `path`, in place of what has it, when the block ends well; else nothing changes."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with room_for(path):
+            with temporary.open("wb") as file:
+                reached("opened", path)
+                yield file
+                file.flush()
+                reached("written", path)
+                os.fsync(file.fileno())
+            reached("synced", path)
+            os.replace(temporary, path)
+            reached("renamed", path)
+            sync_path(path.parent)
+            reached("done", path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """As `replacing` for a folder: a temporary one that takes its name, and is removed where the block fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(TEMPORARY, f".{folder.name}.", folder.parent))
+    try:
+        with room_for(folder):
+            reached("opened", folder)
+            yield temporary
+            reached("written", folder)
+            os.chmod(temporary, 0o755)  # mkdtemp's 0700 would hide a checkpoint from the group on shared storage
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    os.chmod(path, 0o644)  # as safetensors' own 0600 would
+                    sync_path(path)
+            sync_path(temporary)
+            reached("synced", folder)
+            if folder.exists():
+                shutil.rmtree(folder)
+            reached("cleared", folder)
+            os.replace(temporary, folder)
+            reached("renamed", folder)
+            sync_path(folder.parent)
+            reached("done", folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_rows(path: Path, rows: Iterable[Any]) -> int:
-    """Write dataclass rows as JSON lines: temporary name, fsync, rename. Returns their number."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write dataclass rows as JSON lines, whole or not at all. Returns their number."""
     count = 0
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         for row in rows:
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_path(path.parent)
     return count
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as file:
         file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY, default=str))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_path(path.parent)
 
 
 def read_json(path: Path) -> Any:

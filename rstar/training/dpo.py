@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rstar.config import DpoSection, TrainSection
+from rstar.store import complete_or_absent
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.losses import pairwise_losses
-from rstar.training.models import autocast_dtype, complete_or_absent, load_policy, transformers_model
+from rstar.training.models import autocast_dtype, load_policy, transformers_model
 from rstar.training.packing import FLEX_BLOCK, Ids, TreeAttention, pack
 from rstar.types import PreferenceRow, UserError
 

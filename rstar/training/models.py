@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rstar.config import PpmSection, TrainSection
+from rstar.store import complete_or_absent
 from rstar.training.packing import ATTENTION
 from rstar.types import UserError
 
@@ -185,38 +182,6 @@ def save_model(
     with complete_or_absent(folder) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-@contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
-
-    An existing `folder` is replaced. What is under the final name is therefore always complete.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)  # mkdtemp's 0700 would hide a checkpoint from the group on shared storage
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                os.chmod(path, 0o644)  # as safetensors' own 0600 would
-                _fsync(path)
-        _fsync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        _fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def cache_folder() -> Path:
