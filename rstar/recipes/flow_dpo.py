@@ -60,7 +60,7 @@ from rstar.recipes.flow_parts import (
 )
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
-from rstar.report.progress import Line, TrainingProgress
+from rstar.report.progress import Progress, TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
 from rstar.store import read_json, shards, write_rows
@@ -170,7 +170,7 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
         trainer = AdapterTrainer(base, ["answer", "stop"], config.dpo, seed=config.run.seed)
         one = SearchPass(here.path.resolve(), replace(config.search, rollouts=1))
         worker = SearchWorker(replace(search_job(config, base, [one]), lora_rank=config.dpo.lora_rank), "w0")
-        line, seen, right = Line(), [0], [0]
+        progress, seen, right = Progress("round 1 stream", total=len(problems)), [0], [0]
 
         async def tree_of(problem: Problem) -> Tree:
             (tree,) = await worker.trees(WorkItem(0, problem))
@@ -181,12 +181,9 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
 
         def show(predictions: Sequence[Prediction], steps: int) -> None:
             seen[0], right[0] = seen[0] + len(predictions), right[0] + sum(p.correct for p in predictions)
-            last = predictions[-1].number + 1
-            rest = (len(problems) - last) * line.seconds / seen[0]
-            line.show(
-                f"stream: {last}/{len(problems)}  right {right[0] / seen[0]:.0%}  {steps} steps  {rest:.0f} s left",
-                final=last == len(problems),
-            )
+            done = predictions[-1].number + 1
+            progress.already = done - seen[0]
+            progress.update(done, right=right[0] / seen[0], steps=steps)
 
         async def run_stream() -> None:
             try:
@@ -198,7 +195,8 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
             finally:
                 await worker.close()
 
-        asyncio.run(run_stream())
+        with progress:
+            asyncio.run(run_stream())
         predictions, steps = read_stream(here.path)
         state = here.path / read_json(here.path / "stream.json")["checkpoint"]
         counts = {

@@ -1,0 +1,62 @@
+"""How much of its time an engine has work. Little: more problems in flight would help; all of it: a faster engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rstar.engines.base import Policy, Scorer
+from rstar.types import Generation, PromptText, SamplingParams
+
+
+class Busy:
+    """Counts the time in which at least one call is inside `with busy:`."""
+
+    def __init__(self) -> None:
+        self._begun = self._since = time.monotonic()
+        self._seconds = 0.0
+        self._calls = 0
+
+    def __enter__(self) -> None:
+        if not self._calls:
+            self._since = time.monotonic()
+        self._calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._seconds += time.monotonic() - self._since
+
+    @property
+    def share(self) -> float:
+        """Of the time since this was made, in [0, 1]."""
+        now = time.monotonic()
+        return (self._seconds + (now - self._since if self._calls else 0.0)) / max(now - self._begun, 1e-9)
+
+
+class WatchedPolicy:
+    """A policy whose calls count as busy time."""
+
+    def __init__(self, policy: Policy, busy: Busy) -> None:
+        self._policy, self._busy = policy, busy
+
+    async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
+        with self._busy:
+            return await self._policy.generate(prompt, params)
+
+    async def close(self) -> None:
+        await self._policy.close()
+
+
+class WatchedScorer:
+    """A scorer whose calls count as busy time."""
+
+    def __init__(self, scorer: Scorer, busy: Busy) -> None:
+        self._scorer, self._busy = scorer, busy
+
+    async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
+        with self._busy:
+            return await self._scorer.score(prompt, completions)
+
+    async def close(self) -> None:
+        await self._scorer.close()

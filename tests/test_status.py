@@ -1,0 +1,104 @@
+"""Live progress, and `rstar status`: what another shell sees of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from rstar.engines.busy import Busy
+from rstar.report import progress
+from rstar.report.progress import Progress, SearchProgress, TrainingProgress, line
+from rstar.search.collect import ProblemSummary
+from rstar.types import TrainProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def summary(problem: int, *, solved: bool, level: str = "1", test_time: bool = False) -> ProblemSummary:
+    return ProblemSummary(
+        pass_index=0, problem_id=f"p{problem}", level=level, solved=solved, test_time=test_time, trees=1, rollouts=8,
+        tokens=1000, engine_calls=4, seconds=1.0, outcomes={"live": 6, "answer": 3, "code_error": 1},
+        worker=f"w{problem % 2}", busy=0.4 + 0.2 * (problem % 2),
+    )  # fmt: skip
+
+
+def test_search_progress_says_all_that_a_person_waits_for() -> None:
+    stream = io.StringIO()
+    with SearchProgress("round 2 search", total=6, already=2, stream=stream) as shown:
+        for number, (solved, level) in enumerate([(True, "1"), (True, "1"), (False, "2")]):
+            shown(summary(number, solved=solved, level=level))
+        state = shown.state()
+    assert state["figures"]["solved"] == {"1": [2, 2], "2": [0, 1], "all": [2, 3]}
+    assert state["figures"]["outcomes"] == {"live": 18, "answer": 9, "code_error": 3}
+    assert (state["done"], state["figures"]["rollouts"], state["figures"]["tokens"]) == (5, 24, 3000)
+    assert state["eta_seconds"] == pytest.approx(state["seconds"] / 3, abs=0.1)  # one is left
+    first, last = stream.getvalue().splitlines()
+    assert first == "round 2 search: 6 problems, 2 already done"
+    for words in (
+        "round 2 search: 5/6 ", "solved 67% (level 1 100%, 2 0%)", "24 rollouts", " tok/s",
+        "engine 50% busy", "30 steps: 60% live, 30% answer, 10% code_error", "left",
+    ):  # fmt: skip
+        assert words in last
+    assert "answered 100%" in line(shown_of([summary(0, solved=True, test_time=True)]).state())
+
+
+def shown_of(summaries: list[ProblemSummary]) -> SearchProgress:
+    shown = SearchProgress("round 1 evaluation", total=9, already=0, stream=io.StringIO())
+    for one in summaries:
+        shown(one)
+    return shown
+
+
+def test_plain_lines_come_every_few_seconds_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with TrainingProgress("round 1 policy", stream=stream) as shown:
+        for step in range(1, 31):
+            now += 1
+            shown(TrainProgress(step=step, steps=40, loss=1 / step, tokens=500, seconds=1.0))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 1 + 3 + 1 and "loading" in lines[0] and "30/40" in lines[-1]
+    assert "loss 0.033  500 tok/s" in lines[-1] and "10 s left" in lines[-1]
+
+
+def test_a_terminal_shows_a_bar_that_is_redrawn() -> None:
+    stream = Terminal()
+    with SearchProgress("round 1 search", total=2, already=0, stream=stream) as shown:
+        shown(summary(0, solved=True, level="[bold]"))
+    drawn = stream.getvalue()
+    assert "\x1b[?25l" in drawn and drawn.rstrip().endswith("\x1b[?25h")  # the cursor comes back
+    assert "━" in drawn and "1/2" in drawn and "level [bold] 100%" in drawn
+
+
+def test_the_latest_state_is_in_the_run_s_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_kept", None)
+    progress.keep_in(tmp_path / "run" / "progress.json", number=3, stage="ppm")
+    with pytest.raises(RuntimeError), Progress("round 3 PPM", total=9, stream=io.StringIO()) as shown:
+        shown.update(4, loss=0.5)
+        raise RuntimeError
+    kept = json.loads((tmp_path / "run" / "progress.json").read_text())
+    assert (kept["round"], kept["stage"], kept["done"], kept["figures"]) == (3, "ppm", 4, {"loss": 0.5})
+    assert time.time() - kept["updated"] < 60
+
+
+def test_busy_is_the_share_of_the_time_with_at_least_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    busy = Busy()
+    now = 2.0
+    with busy:
+        now = 3.0
+        with busy:  # a second call at the same time does not count twice
+            now = 4.0
+        now = 5.0
+        assert busy.share == pytest.approx(3 / 5)
+    now = 10.0
+    assert busy.share == pytest.approx(3 / 10)
