@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.command = shlex.join(["rstar", *arguments])
     if not hasattr(options, "act"):
         parser.print_help()
         return 0
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         if options.act is not commands.one_stage:  # its driver says it
             by = f" by {stop}" if stop.args else ""
-            print(f"\nstopped{by}; the same command resumes: {shlex.join(['rstar', *arguments])}", file=sys.stderr)
+            print(f"\nstopped{by}; the same command resumes: {options.command}", file=sys.stderr)
         return _stop_code(stop)
 
 
@@ -177,6 +178,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--problem", default="", help="problem id; without it the ids are listed")
     show.add_argument("--round", type=int, default=None, dest="number", help="only this round")
     show.add_argument("--width", type=int, default=100, help="columns (default 100)")
+    state = command(
+        "status", commands.status, "say where a run is, from any shell that sees its folder",
+        "rstar status runs/quickstart", config=False,
+    )  # fmt: skip
+    state.add_argument("run", help="a run's folder")
+    state.add_argument("--json", action="store_true", help="all of it, for programs")
     report = command(
         "report", commands.report, "write report.html and print the table", "rstar report runs/quickstart", config=False
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +48,7 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
     from rstar.cluster import ray_session
     from rstar.rounds import run_dir
     from rstar.stopping import stop_on_signals
+    from rstar.store import write_json
 
     stop_on_signals()
     run, begun, ran = run_dir(config.run), time.monotonic(), 0
@@ -55,6 +59,8 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
         problems = module.check(config)
         print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
         waiting = [s for number in numbers for s in module.stages(config, number)]
+        plan = [(stage.round.number, stage.name) for stage in waiting]
+        write_json(run.path / "driver.json", {"command": options.command, "stages": plan})
         while waiting and waiting[0].finished() is not None:  # a missing earlier stage is found before Ray starts
             waiting.pop(0)
         if waiting:
@@ -93,10 +99,13 @@ def _refresh(run: Path) -> str:
     return results_table(results(run))
 
 
+    from rstar.report.progress import keep_in
+    from rstar.rounds import run_dir
 def one_stage(options: argparse.Namespace) -> int:
     from rstar.stopping import stop_with_driver
 
     stop_with_driver()
+    keep_in(run_dir(config.run).path / "progress.json", number=options.number, stage=options.stage)
     module, config = load_options(options)
     for stage in module.stages(config, options.number):
         if stage.name == options.stage:
@@ -185,6 +194,15 @@ def load_options(options: argparse.Namespace) -> tuple[ModuleType, Any]:
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
+
+def status(options: argparse.Namespace) -> int:
+    from rstar.status import status, status_text
+
+    with redirect_stdout(sys.stderr):  # warnings about damaged files
+        found = status(Path(options.run))
+    print(json.dumps(asdict(found)) if options.json else status_text(found))
+    return 0
+
 
 
 def show(options: argparse.Namespace) -> int:

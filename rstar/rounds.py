@@ -221,6 +221,8 @@ class RunDir:
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            self._lock = None
             raise UserError(
                 f"{self.path} is in use by {holder}",
                 need="one driver per run folder",
@@ -259,8 +261,9 @@ class RunDir:
         return [self.round(int(path.name.removeprefix("round_"))) for path in sorted(self.path.glob("round_[0-9]*"))]
 
     def release(self) -> None:
-        """Give the lock back. Idempotent."""
+        """Give the lock back; its file names no holder then. Idempotent."""
         if self._lock is not None:
+            self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 

@@ -18,7 +18,7 @@ LAYERS = {
     "search": 4, "extract": 4, "training": 4,
     "evaluation": 5, "rounds": 5,
     "cluster": 6, "stopping": 6, "report": 6,
-    "recipes": 7, "doctor": 7,
+    "recipes": 7, "doctor": 7, "status": 7,
     "comparison": 8,
     "commands": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from rstar import cli
 from rstar.engines.busy import Busy
 from rstar.report import progress
 from rstar.report.progress import Progress, SearchProgress, TrainingProgress, line
+from rstar.rounds import RunDir
 from rstar.search.collect import ProblemSummary
-from rstar.types import TrainProgress
+from rstar.status import status, status_text
+from rstar.store import TreeWriter, write_json
+from rstar.tree import Tree
+from rstar.types import Problem, TrainProgress, UserError
 
 
 class Terminal(io.StringIO):
@@ -102,3 +111,89 @@ def test_busy_is_the_share_of_the_time_with_at_least_one_call(monkeypatch: pytes
         assert busy.share == pytest.approx(3 / 5)
     now = 10.0
     assert busy.share == pytest.approx(3 / 10)
+
+
+# -- rstar status ------------------------------------------------------------------------------------------------------
+
+PLAN = [(0, "base"), (0, "eval"), (1, "search"), (1, "extract"), (1, "eval")]
+
+
+def begun(folder: Path) -> RunDir:
+    """A run whose round 0 is finished, in the middle of round 1's search."""
+    run = RunDir(folder)
+    for name, seconds in (("base", 100.0), ("eval", 30.0)):
+        run.round(0).path.mkdir(parents=True, exist_ok=True)
+        run.round(0).finish(name, settings={}, inputs={}, outputs=[], counts={}, seconds=seconds)
+    write_json(folder / "driver.json", {"command": "rstar evolve x.yaml", "stages": PLAN})
+    state = {"round": 1, "stage": "search", "updated": time.time() - 5, "eta_seconds": 60.0, "title": "round 1 search",
+             "done": 1, "total": 4, "already": 0, "seconds": 20.0, "figures": {"rollouts": 8}}  # fmt: skip
+    write_json(folder / "progress.json", state)
+    with TreeWriter(run.round(1).path / "trees-w0.jsonl.zst") as writer:
+        for number in range(3):
+            tree = Tree(f"p{number}#0", Problem(f"p{number}", "q", "1"), ("q",))
+            tree.complete = number < 2
+            writer.append(tree)
+    return run
+
+
+def test_status_of_a_running_run_tells_stage_figures_holder_and_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begun(tmp_path)
+    run.acquire()
+    assert cli.run(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        f"running by {socket.gethostname()} pid {os.getpid()} since", "round 0   base 2 min, eval 30 s",
+        "round 1   search now, extract to do, eval to do", "round 1 search: 1/4  8 rollouts", "(5 s ago)",
+        "2 finished trees",
+    ):  # fmt: skip
+        assert words in said
+    assert "left in all" not in said  # no extraction has been seen yet
+    run.round(0).finish("extract", settings={}, inputs={}, outputs=[], counts={}, seconds=1.0)
+    assert cli.run(["status", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["eta_seconds"], found["rest_seconds"]) == ("running", 60, 60 + 1 + 30)
+    assert found["stages"][3] == {"round": 1, "stage": "search", "state": "now", "seconds": None, "solved": None}
+
+
+def test_status_knows_who_is_gone_and_who_cannot_be_seen(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    run.acquire()
+    run.release()
+    assert status(tmp_path).state == "idle" and status(tmp_path).holder == ""
+    assert "goes on with: rstar evolve x.yaml" in status_text(status(tmp_path))
+    since = "since 2020-01-01 00:00:00"
+    for holder, state in [(f"{socket.gethostname()} pid 999999999 {since}", "idle"), (f"node7 pid 1 {since}", "held"),
+                          (f"{socket.gethostname()} pid {os.getpid()} {since}", "idle")]:  # fmt: skip
+        (tmp_path / "lock").write_text(holder)
+        assert status(tmp_path).state == state
+    with pytest.raises(UserError, match="holds no run"):
+        status(tmp_path / "round_00")
+
+
+def test_a_driver_that_is_turned_away_leaves_the_holder_s_name(tmp_path: Path) -> None:
+    run, other = RunDir(tmp_path), RunDir(tmp_path)
+    run.acquire()
+    with pytest.raises(UserError, match=f"pid {os.getpid()}"):
+        other.acquire()
+    other.release()
+    assert status(tmp_path).state == "running"
+
+
+def test_status_of_a_finished_run(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    for name in ("search", "extract", "eval"):
+        counts = {"solved_by_level": {"1": [2, 3], "all": [2, 3]}} if name == "search" else {}
+        run.round(1).finish(name, settings={}, inputs={}, outputs=[], counts=counts, seconds=5.0)
+    found = status(tmp_path)
+    assert (found.state, found.progress, found.rest_seconds) == ("finished", None, None)
+    assert "search 5 s (solved 2 of 3)" in status_text(found)
+
+
+def test_status_is_light(tmp_path: Path) -> None:
+    begun(tmp_path)
+    code = f"import sys\nfrom rstar.cli import run\nrun(['status', {str(tmp_path)!r}])\n"
+    code += "print([m for m in ('torch', 'numpy', 'transformers', 'ray', 'rstar.sandbox') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("[]")
