@@ -105,8 +105,8 @@ def one_stage(options: argparse.Namespace) -> int:
     from rstar.stopping import stop_with_driver
 
     stop_with_driver()
-    keep_in(run_dir(config.run).path / "progress.json", number=options.number, stage=options.stage)
     module, config = load_options(options)
+    keep_in(run_dir(config.run).path / "progress.json", number=options.number, stage=options.stage)
     for stage in module.stages(config, options.number):
         if stage.name == options.stage:
             stage.execute()
@@ -195,6 +195,7 @@ def load_options(options: argparse.Namespace) -> tuple[ModuleType, Any]:
 
 # -- looking -----------------------------------------------------------------------------------------------------------
 
+
 def status(options: argparse.Namespace) -> int:
     from rstar.status import status, status_text
 
@@ -202,7 +203,6 @@ def status(options: argparse.Namespace) -> int:
         found = status(Path(options.run))
     print(json.dumps(asdict(found)) if options.json else status_text(found))
     return 0
-
 
 
 def show(options: argparse.Namespace) -> int:
