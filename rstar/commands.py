@@ -99,9 +99,9 @@ def _refresh(run: Path) -> str:
     return results_table(results(run))
 
 
+def one_stage(options: argparse.Namespace) -> int:
     from rstar.report.progress import keep_in
     from rstar.rounds import run_dir
-def one_stage(options: argparse.Namespace) -> int:
     from rstar.stopping import stop_with_driver
 
     stop_with_driver()
