@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "report", commands.report, "write report.html and print the table", "rstar report runs/quickstart", config=False
     )
     report.add_argument("run", help="a run's folder")
+    report.add_argument("--trees", nargs="+", default=(), metavar="ID", help="show these trees or problems too")
     report.add_argument("--unsolved", type=int, default=20, metavar="N", help="list so many unsolved (default 20)")
     command(
         "config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import asdict
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 from rstar.evaluation import Candidate, EvalRecord, measures
+from rstar.report.charts import Point, Series, line_chart
 from rstar.report.html import embedded, page, write_report
+from rstar.report.look import disagreement, look, scored_steps
 from rstar.report.results import results, results_table
 from rstar.report.sample import pack, sample_trees
+from rstar.report.sections import accuracy_against_tokens
 from rstar.report.show import best_path, clean, find_trees, near, problem_ids, show_tree
 from rstar.rounds import RoundDir, RunDir, this_machine
 from rstar.store import TreeWriter, write_json
@@ -168,7 +172,7 @@ def test_the_table_says_the_figures_and_a_dash_where_there_is_none(run: Path) ->
     assert re.fullmatch(interval, row[4]) and row[5].startswith("75.0 [") and row[6:] == ["3", "380", "5.0"]
     assert _cells(main, "2 ")[1:] == ["50.0", "100.0", "66.7", "-", "-", "3", "300", "1.5"]
     assert _cells(training, "0 base (warm-up)")[1:3] == ["20", "2.000 → 1.500"]
-    assert _cells(training, "1 ")[1:] == ["11", "1.250 → 0.500", "17", "0.693 → 0.250", "62.5", "8"]
+    assert _cells(training, "1 ")[1:] == ["11", "1.250 → 0.500", "17", "0.693 → 0.250", "62.5", "10.0", "8"]
     assert "2 " not in [line[:2] for line in training.splitlines()]
     assert max(map(len, main.splitlines())) <= 100
 
@@ -281,12 +285,12 @@ def test_the_page_holds_figures_curves_and_trees_and_loads_nothing(run: Path) ->
     elements = _Elements(text)
     shown = " ".join(elements.text)
     assert path == run / "report.html" and not list(run.glob("*.tmp"))
-    for figure in (this_machine(), "66.7", "62.5", "1.250 → 0.500", "Training problems solved by search", "some/model", "own"):
+    for figure in (this_machine(), "66.7", "62.5", "1.250 → 0.500", "Training problems solved by search", "own"):
         assert figure in shown
     assert "fine-tuned on 20 worked solutions (own)" in shown and "round 2 after its search stage" in shown
     assert sum(tag == "svg" for tag, _ in elements.tags) >= 4
-    assert not any(attrs.get("src") or attrs.get("href") for _, attrs in elements.tags)
-    assert "http:" not in text and "https:" not in text
+    assert not any(attrs.get("src") or (attrs.get("href") or "#")[0] != "#" for _, attrs in elements.tags)
+    assert not re.search("https?:", text.replace("http://www.w3.org/2000/svg", ""))  # a name, never fetched
     policy = next(attrs["content"] for tag, attrs in elements.tags if attrs.get("http-equiv"))
     assert policy is not None and "default-src 'none'" in policy and "script-src 'sha256-" in policy
     entries = elements.data("data-entries")
@@ -359,12 +363,82 @@ def test_damaged_trees_are_named_on_the_page_and_do_not_stop_it(run: Path) -> No
 
 
 def test_the_sample_keeps_to_its_size_and_takes_from_every_round(run: Path) -> None:
-    few = sample_trees(run, [1, 2], per_round=1)
+    looks, trouble = look(run, [1, 2])
+    assert not trouble
+    few = sample_trees(run, looks, per_round=1)
     assert sorted(e["round"] for e in few.entries) == [1, 2] and few.left_out == 0
     assert any(e["new"] for e in few.entries)  # what a round newly solved comes first
-    small = sample_trees(run, [1, 2], per_round=3, max_bytes=10)
+    small = sample_trees(run, looks, per_round=3, max_bytes=10)
     assert len(small.trees) == 1 and small.left_out == 5
-    assert "5 trees are left out" in page(results(run), small)
+    assert "5 trees are left out" in page(results(run), looks, small)
+
+
+def test_trees_asked_for_come_beside_the_sample_and_before_it(run: Path) -> None:
+    looks, _ = look(run, [1, 2])
+    asked = sample_trees(run, looks, per_round=1, ids=["p-3", "p-1#0"])
+    named = [(e["problem"], e["round"]) for e in asked.entries if e["asked"]]
+    assert named == [("p-1", 1), ("p-1", 2), ("p-3", 1), ("p-3", 2)] and len(asked.entries) > len(named)
+    assert [e["asked"] for e in sample_trees(run, looks, per_round=1, ids=["p-3"], max_bytes=10).entries] == [True]
+    with pytest.raises(UserError, match="near ones: p-3, p-2, p-1"):
+        write_report(run, ids=["p-9"])
+
+
+# -- what a look at the trees counts -----------------------------------------------------------------------------------
+
+
+def test_a_look_counts_q_n_and_the_answers_below_each_ppm_score(run: Path) -> None:
+    (one, two), _ = look(run, [1, 2])
+    # each tree: node 1 has N 2; its answers N 1 and Q +-1; solved: Q 0, 1, -1, else Q -1 throughout
+    assert one.n == {1: 3, 0: 6} and one.q == {5: 1, 9: 1, 0: 7}
+    assert one.scored == {6: (1, 9)}  # PPM +0.25 over three samples a tree, of which one is right in one tree
+    assert one.newly == {} and set(two.newly) == {"p-2"} and one.solved == ["p-1"]
+    assert [row.problem_id for row in two.unsolved] == ["p-3"] and two.total == 3
+
+
+def test_disagreement_is_the_largest_distance_of_a_ppm_score_from_the_mean_reward_below() -> None:
+    tree = _tree("p", solved=True)  # one of three samples below node 1 is right: mean reward -1/3
+    assert disagreement(scored_steps(tree)) == (pytest.approx(0.25 + 1 / 3), 1)
+    tree.nodes[4].ppm_value = 0.9  # a wrong answer that the PPM likes
+    assert disagreement(scored_steps(tree)) == (pytest.approx(1.9), 4)
+    tree.nodes[1].ppm_value = tree.nodes[4].ppm_value = None
+    assert disagreement(scored_steps(tree)) == (0.0, 0)
+
+
+def test_only_so_many_problems_are_read_the_same_ones_each_round(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rstar.report.look.LOOKED_AT", 2)
+    looks, _ = look(run, [1, 2])
+    assert [list(found.problems) for found in looks] == [list(looks[0].problems)] * 2
+    assert all(len(found.problems) == 2 and found.total == 3 for found in looks)
+    assert "those of 2 problems a round" in write_report(run).read_text()
+
+
+def test_newly_solved_and_unsolved_problems_are_listed_with_a_link_to_their_tree(run: Path) -> None:
+    text = write_report(run).read_text()
+    listed = text.partition('<section id="problems">')[2].partition("</section>")[0]
+    shown = " ".join(_Elements(listed).text)
+    assert "newly solved: 1 in round 2" in shown and "1 unsolved in round 2" in shown
+    assert "5 in 67% of 3 answers" in shown
+    links = [attrs["href"] for tag, attrs in _Elements(listed).tags if tag == "a"]
+    assert links == ["#tree=2/p-2%230", "#tree=2/p-3%230"]
+
+
+def test_accuracy_is_shown_over_the_tokens_it_took(run: Path) -> None:
+    path = RoundDir(run, 1).eval_json
+    figures = json.loads(path.read_text())
+    for i, record in enumerate(figures["methods"]["mcts"]["records"]):
+        record["samples"], record["tokens"] = 4, 160
+        record["candidates"] = [Candidate("1", 0.1 * k, 1, k > i).__dict__ for k in range(4)]  # 3, 2, 1, 0 of 4 right
+    write_json(path, figures)
+    chart = accuracy_against_tokens(results(run))
+    assert "of round 1" in chart and ">8</text>" in chart and ">256</text>" in chart  # 10 to 160 tokens
+    says = html.unescape(chart)
+    assert "greedy: 50%" in says and "majority: 37" in says and re.search(r"PPM-guided: 3[5-9]\.?\d?%, 75%", says)
+
+
+def test_a_round_keeps_its_colour_where_another_has_no_points() -> None:
+    lines = [Series("a", ()), Series("b", (Point(0, 1),)), Series("c", (Point(0, 2),), strong=True)]
+    chart = line_chart("", lines, [(0.0, "0")], x_name="x")
+    assert "label c1" in chart and "label strong" in chart and "label c0" not in chart
 
 
 def test_a_tree_of_three_thousand_steps_packs_small() -> None:

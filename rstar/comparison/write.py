@@ -17,7 +17,7 @@ from rstar.comparison.published import COLUMNS, PUBLISHED, Published
 from rstar.comparison.run import Found, Questions, Settings, flagged
 from rstar.config import to_dict
 from rstar.problems import BENCHMARKS
-from rstar.report.charts import HEIGHT, WIDTH, Point, Series, line_chart
+from rstar.report.charts import HEIGHT, WIDTH, Point, Series, line_chart, log_ticks
 from rstar.report.results import NONE, count, measure
 from rstar.store import write_json, write_rows
 
@@ -209,9 +209,8 @@ def _panel(own: Sequence[Row]) -> str:
             if r.method == name
         )
         series.append(Series(_SHORT.get(name.partition(" of top ")[0], name), tuple(points)))
-    exponents = [p.x for one in series for p in one.points]
-    ticks = [(float(e), _tokens(2**e)) for e in range(math.floor(min(exponents)), math.ceil(max(exponents)) + 1)]
-    chart = line_chart("", series, ticks[:: 1 + len(ticks) // 9], x_name="generated tokens per problem")
+    ticks = log_ticks([p.x for one in series for p in one.points])
+    chart = line_chart("", series, ticks, x_name="generated tokens per problem")
     return chart.partition("</figcaption>")[2].removesuffix("</figure>")
 
 
@@ -224,7 +223,3 @@ _SHORT: Mapping[str, str] = {
     "mcts majority": "mcts maj",
     "mcts weighted": "mcts weight",
 }
-
-
-def _tokens(number: int) -> str:
-    return str(number) if number < 1024 else f"{number // 1024}k" if number < 2**20 else f"{number // 2**20}M"

@@ -54,6 +54,7 @@ def line_chart(
         x_name: What the horizontal axis counts.
         percent: Values are percentages: the axis starts at 0 and ends at 100 at most.
     """
+    kinds = _kinds(series)
     shown = [one for one in series if one.points]
     if not shown:
         return ""
@@ -77,12 +78,10 @@ def line_chart(
     parts.extend(_text(at_x(x), HEIGHT - BOTTOM + 18, label, "middle") for x, label in ticks)
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_name, "middle"))
     ends = _spread([at_y(one.points[-1].y) for one in shown], TOP + 4, HEIGHT - BOTTOM)
-    colour = -1
     for k, (one, end) in enumerate(zip(shown, ends, strict=True)):
-        colour += not one.strong
-        kind = "strong" if one.strong else f"c{colour % COLOURS}"
+        kind, mark = kinds[one.name]
         shift = 4.0 * (k - (len(shown) - 1) / 2) if any(p.low is not None for p in one.points) else 0.0
-        parts.append(_line(one, k, kind, at_x, at_y, shift))
+        parts.append(_line(one, mark, kind, at_x, at_y, shift))
         tail = one.points[-1]
         parts.append(
             f'<line class="lead {kind}" x1="{at_x(tail.x) + shift + 5:.1f}" y1="{at_y(tail.y):.1f}" '
@@ -92,6 +91,21 @@ def line_chart(
     unit = "%" if percent else ""
     says = "; ".join(f"{one.name}: " + ", ".join(f"{p.y:.3g}{unit}" for p in one.points[-12:]) for one in shown)
     return _figure(title, f"{title}. {says}", WIDTH, HEIGHT, parts)
+
+
+def _kinds(series: Sequence[Series]) -> dict[str, tuple[str, int]]:
+    """Name -> (class, shape) of every line, drawn or not: a round keeps its colour where another has no points."""
+    plain = [one.name for one in series if not one.strong]
+    found = {name: (f"c{i % COLOURS}", i) for i, name in enumerate(plain)}
+    return found | {one.name: ("strong", len(plain)) for one in series if one.strong}
+
+
+def log_ticks(exponents: Sequence[float]) -> list[tuple[float, str]]:
+    """Ticks of an axis of log2 values: the powers of two around `exponents`, nine at most."""
+    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+    ticks = [(float(e), f"{2**e}" if e < 10 else f"{2 ** (e - 10)}k" if e < 20 else f"{2 ** (e - 20)}M")
+             for e in range(low, high + 1)]  # fmt: skip
+    return ticks[:: 1 + len(ticks) // 9]
 
 
 def _line(

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -17,24 +18,27 @@ from pathlib import Path
 import orjson
 
 from rstar.config import digest
-from rstar.report import sections
+from rstar.report import searched, sections
+from rstar.report.look import Look, look
 from rstar.report.results import Results, main_table, results
 from rstar.report.sample import Sample, sample_trees
 from rstar.rounds import RoundDir
 from rstar.store import sync_path
 
 
-def write_report(run: Path, *, trees: int = 12) -> Path:
-    """Write `run`/report.html with about `trees` trees of each round; returns its path.
+def write_report(run: Path, *, trees: int = 12, ids: Sequence[str] = ()) -> Path:
+    """Write `run`/report.html with about `trees` trees of each round, and those that `ids` name; returns its path.
 
-    Raises UserError where `run` is no run's folder. An unfinished run gives a page of what there is.
+    An unfinished run gives a page of what there is. Raises UserError where `run` is no run's folder, and for an unknown
+    problem or tree in `ids`.
     """
     found = results(run)
-    sample = sample_trees(run, [one.number for one in found.rounds if one.number > 0], per_round=trees)
+    looks, trouble = look(run, [one.number for one in found.rounds if one.number > 0])
+    sample = sample_trees(run, looks, per_round=trees, ids=ids)
     path = run / "report.html"
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(page(found, sample))
+        file.write(page(found, looks, sample, trouble))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -42,8 +46,8 @@ def write_report(run: Path, *, trees: int = 12) -> Path:
     return path
 
 
-def page(found: Results, sample: Sample) -> str:
-    """The whole page as text."""
+def page(found: Results, looks: Sequence[Look], sample: Sample, trouble: Sequence[str] = ()) -> str:
+    """The whole page as text; `trouble` is what could not be read."""
     script, style = _asset("report.js"), _asset("report.css")
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     body = [
@@ -53,10 +57,11 @@ def page(found: Results, sample: Sample) -> str:
             sections.table_html(main_table(found)) + sections.curves(found) + sections.recorded(found),
         ),
         _section("heldout", "Held-out set", sections.heldout(found)),
+        _section("problems", "Problems", searched.problems(looks, sample)),
+        _section("trees", "Search trees", _viewer(sample, trouble)),
+        _section("search", "Search", searched.search(found, looks)),
         _section("training", "Training", sections.training(found)),
-        _section("search", "Search", sections.outcomes(found)),
         _section("cost", "Tokens and time", sections.cost(found)),
-        _section("trees", "Search trees", _viewer(sample)),
         _section("settings", "Settings", sections.settings(found)),
     ]
     fields = {
@@ -158,11 +163,11 @@ def _newest(found: Results) -> str | None:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(max(times))) if times else None
 
 
-def _viewer(sample: Sample) -> str:
-    said = [f"Could not be read: {trouble}" for trouble in sample.problems]
+def _viewer(sample: Sample, trouble: Sequence[str]) -> str:
+    said = [f"Could not be read: {text}" for text in trouble]
     if sample.left_out:
         said.append(
-            f"{sample.left_out} trees are left out for the page's size; `rstar show RUN --problem ID` prints any tree."
+            f"{sample.left_out} trees are left out for the page's size; `rstar report RUN --trees ID` shows any tree."
         )
     notes = "".join(f"<p class=note>{escape(text)}</p>" for text in said)
     if not sample.entries:

@@ -1,6 +1,8 @@
 "use strict";
 // Text of models reaches the page through textContent alone. Children of a step are drawn when it is opened.
 const CHUNK = 100; // children drawn at once
+const LANE = 9; // pixels between the rails of two preference pairs
+const place = (entry) => `#tree=${entry.round}/${encodeURIComponent(entry.id)}`;
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
 function el(tag, options, ...children) {
@@ -9,6 +11,12 @@ function el(tag, options, ...children) {
   for (const [name, value] of Object.entries(attributes)) if (value !== false && value != null) made.setAttribute(name, value);
   if (text != null) made.textContent = text;
   made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+function shape(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
 
@@ -31,7 +39,7 @@ function highlighted(code) {
 }
 
 class TreeView {
-  constructor(entry, tree, into) {
+  constructor(entry, tree, into, others) {
     this.tree = tree;
     this.best = new Set(tree.best);
     this.items = new Map(); // node id -> its list item, where drawn
@@ -44,8 +52,9 @@ class TreeView {
       this.pairsOf(chosen).over.push(rejected);
       this.pairsOf(rejected).under.push(chosen);
     }
+    this.sizes = new ResizeObserver((changed) => { for (const { target } of changed) this.drawPairs(target); });
     this.list = el("ul", { class: "nodes", "aria-label": "search tree" });
-    into.replaceChildren(...this.about(entry), this.list);
+    into.replaceChildren(...this.about(entry, others), this.list);
     this.fill(this.list, 0);
     this.openBest();
   }
@@ -55,7 +64,7 @@ class TreeView {
     return this.pairs.get(id);
   }
 
-  about(entry) {
+  about(entry, others) {
     const { tree } = this;
     const facts = [`round ${entry.round}`, entry.level && `level ${entry.level}`, `${tree.rollouts} rollouts`, `${entry.nodes.toLocaleString("en")} steps`,
       `${tree.tokens.toLocaleString("en")} tokens`, `${tree.seconds} s`, !entry.complete && "unfinished"].filter(Boolean);
@@ -66,23 +75,59 @@ class TreeView {
       button.addEventListener("click", act);
       tools.append(button);
     }
+    const rounds = el("div", { class: "note" }, "This problem");
+    for (const other of others) {
+      const text = `round ${other.round} ${other.solved ? "✓" : "✗"}`;
+      rounds.append(" · ", other === entry ? el("b", { text }) : el("a", { href: place(other), text }));
+    }
+    const worst = el("button", { type: "button", class: "link", text: `#${entry.at}` });
+    worst.addEventListener("click", () => this.show(entry.at));
     return [
       el("h3", {}, el("span", { class: entry.solved ? "good" : "bad", text: entry.solved ? "✓ solved " : "✗ not solved " }), entry.id),
       el("div", { class: "note", text: facts.join(" · ") }),
-      el("div", { class: "question", text: tree.question }),
+      others.length > 1 ? rounds : null,
+      el("div", { class: "question", text: entry.question }),
       el("div", {}, "Reference answer: ", el("b", { text: tree.answer }), given || ""),
+      entry.at ? el("div", { class: "note" }, `PPM most wrong at `, worst, `: ${entry.off.toFixed(2)} from the mean reward of the answers below`) : null,
       tools,
-    ];
+    ].filter(Boolean);
   }
 
   fill(list, parent, from = 0) {
     const ids = this.children[parent];
+    if (!from) this.rails(list, parent);
     list.append(...ids.slice(from, from + CHUNK).map((id) => this.item(id)));
     if (ids.length <= from + CHUNK) return;
     const more = el("button", { type: "button", class: "link", text: `${ids.length - from - CHUNK} more` });
     const last = el("li", {}, more);
     more.addEventListener("click", () => { last.remove(); this.fill(list, parent, from + CHUNK); });
     list.append(last);
+  }
+
+  // Siblings of one preference pair are joined by a rail at the list's left, drawn anew whenever the list changes its size.
+  rails(list, parent) {
+    const siblings = new Set(this.children[parent]);
+    list.pairs = this.children[parent].map((id) => [id, (this.pairs.get(id)?.over || []).filter((other) => siblings.has(other))]).filter(([, under]) => under.length);
+    if (!list.pairs.length) return;
+    list.classList.add("paired");
+    list.style.setProperty("--lanes", `${list.pairs.length * LANE + 4}px`);
+    this.sizes.observe(list);
+  }
+
+  drawPairs(list) {
+    const middle = (id) => { const item = this.items.get(id); return item && item.offsetTop + item.firstChild.offsetHeight / 2; };
+    const drawn = shape("svg", { class: "pairs", width: list.pairs.length * LANE + 4, height: list.clientHeight, "aria-hidden": "true" });
+    list.pairs.forEach(([chosen, rejected], lane) => {
+      const [from, x, edge] = [middle(chosen), 5 + lane * LANE, list.pairs.length * LANE + 4];
+      const ends = rejected.map(middle).filter((y) => y != null);
+      if (from == null || !ends.length) return;
+      const [low, high] = [Math.min(from, ...ends), Math.max(from, ...ends)];
+      drawn.append(shape("path", { class: "rail", d: `M${x} ${low} V${high}` }), shape("path", { class: "over", d: `M${x} ${from} H${edge}` }),
+        shape("circle", { class: "over", cx: x, cy: from, r: 3.5 }));
+      for (const y of ends) drawn.append(shape("path", { class: "under", d: `M${x} ${y} H${edge} M${x - 3} ${y - 3} l6 6 m0 -6 l-6 6` }));
+    });
+    list.querySelector(":scope > svg")?.remove();
+    list.append(drawn);
   }
 
   item(id) {
@@ -198,38 +243,48 @@ function viewer(root) {
   const entries = read("data-entries");
   const [search, outcome, round] = ["find", "outcome", "round"].map((id) => document.getElementById(id));
   const list = document.getElementById("entries");
-  const place = (entry) => `#tree=${entry.round}/${encodeURIComponent(entry.id)}`;
   const buttons = entries.map((entry, i) => {
-    const button = el("button", { type: "button" },
+    const facts = [`round ${entry.round}`, entry.level && `level ${entry.level}`, `${entry.nodes} steps`, entry.new && "newly solved", entry.at && `off ${entry.off.toFixed(2)}`];
+    const button = el("button", { type: "button", title: entry.question },
       el("span", { class: entry.solved ? "good" : "bad", text: entry.solved ? "✓ " : "✗ " }), entry.problem,
-      el("small", { text: [`round ${entry.round}`, entry.level && `level ${entry.level}`, `${entry.nodes} steps`, entry.new && "newly solved"].filter(Boolean).join(" · ") }));
+      el("small", { text: facts.filter(Boolean).join(" · ") }));
     button.addEventListener("click", () => select(i));
     return el("li", {}, button);
   });
 
   function select(i, keep) {
     buttons.forEach((item, k) => item.firstChild.setAttribute("aria-current", k === i));
-    window.treeView = new TreeView(entries[i], read(`data-${i}`), document.getElementById("tree"));
+    const others = entries.filter((entry) => entry.problem === entries[i].problem);
+    window.treeView?.sizes.disconnect();
+    window.treeView = new TreeView(entries[i], read(`data-${i}`), document.getElementById("tree"), others);
     if (!keep) history.replaceState(null, "", place(entries[i]));
   }
 
   function filter() {
     const text = search.value.trim().toLowerCase();
-    const wanted = (entry) => (!text || entry.problem.toLowerCase().includes(text) || entry.id.toLowerCase().includes(text)) &&
-      (!round.value || entry.round === Number(round.value)) &&
-      (!outcome.value || { solved: entry.solved, unsolved: !entry.solved, new: entry.new }[outcome.value]);
+    const said = (entry) => [entry.problem, entry.id, entry.question].some((one) => one.toLowerCase().includes(text));
+    const kinds = { solved: (entry) => entry.solved, unsolved: (entry) => !entry.solved, new: (entry) => entry.new, off: (entry) => entry.at };
+    const wanted = (entry) => (!text || said(entry)) && (!round.value || entry.round === Number(round.value)) && (!outcome.value || kinds[outcome.value](entry));
     const shown = entries.map((entry, i) => i).filter((i) => wanted(entries[i]));
+    if (outcome.value === "off") shown.sort((a, b) => entries[b].off - entries[a].off);
     list.replaceChildren(...shown.map((i) => buttons[i]));
     document.getElementById("matches").textContent = `${shown.length} of ${entries.length} trees`;
   }
 
+  function follow() { // a link of this page, or the address it was opened with
+    const asked = entries.findIndex((entry) => place(entry) === location.hash);
+    if (asked < 0) return false;
+    select(asked, true);
+    root.scrollIntoView();
+    return true;
+  }
+
   for (const input of [search, outcome, round]) input.addEventListener("input", filter);
+  addEventListener("hashchange", follow);
   root.hidden = false;
   filter();
-  const asked = entries.findIndex((entry) => place(entry) === location.hash);
-  const telling = [(entry) => entry.new, (entry) => entry.solved, () => true].map((wanted) => entries.findIndex(wanted)).find((i) => i >= 0);
-  select(asked >= 0 ? asked : telling, true);
-  if (asked >= 0) root.scrollIntoView();
+  const telling = ["asked", "new", "solved"].map((name) => entries.findIndex((entry) => entry[name])).find((i) => i >= 0);
+  if (!follow()) select(telling ?? 0, true);
 }
 
 const root = document.getElementById("viewer");

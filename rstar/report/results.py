@@ -94,7 +94,7 @@ class Results:
     warmup: bool
     settings: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # round -> stage -> the settings it read
     version: str = ""
-    machines: tuple[str, ...] = ()  # on which stages ran, the newest last
+    machines: tuple[str, ...] = ()  # on which stages ran, by first use
 
     @property
     def verified(self) -> bool:
@@ -301,31 +301,20 @@ def training_table(results: Results) -> Table:
             count(one.pairs),
             NONE if one.ppm is None else f"{one.ppm.first_loss:.3f} → {one.ppm.mean_loss:.3f}",
             NONE if pair is None else f"{100 * pair.accuracy:.1f}",
-            count(None if pair is None else pair.pairs),
+            NONE if pair is None or pair.calibration_error is None else f"{100 * pair.calibration_error:.1f}",
+            NONE if pair is None else count(pair.pairs) + ("" if one.pairs_heldout else " (training)"),
         )
 
     scorer = "verifier" if results.verified else "PPM"
     rows = [figures(one) for one in results.rounds if one.sft_rows is not None or one.policy or one.ppm]
-    heldout = all(one.pairs_heldout for one in results.rounds if one.pairs_after)
     notes = (
         "loss: first step → mean of the last epoch",
-        *(() if heldout else ("pair accuracy on the training pairs",)),
+        f"right, ECE, number: held-out pairs that the {scorer} ranks rightly, expected calibration error of its "
+        "confidence, and how many they are; (training): none were held out",
     )
-    return Table(
-        "",
-        (
-            "",
-            "policy",
-            "policy",
-            scorer,
-            scorer,
-            "held-out pairs" if heldout else "pairs",
-            "held-out pairs" if heldout else "pairs",
-        ),
-        ("round", "SFT rows", "loss", "pairs", "loss", "right, %", "number"),
-        tuple(rows),
-        notes,
-    )
+    groups = ("", "policy", "policy", scorer, scorer, "held-out pairs", "held-out pairs", "held-out pairs")
+    heads = ("round", "SFT rows", "loss", "pairs", "loss", "right, %", "ECE, %", "number")
+    return Table("", groups, heads, tuple(rows), notes)
 
 
 def verifier_table(results: Results) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,25 +10,15 @@ from typing import Any
 
 import orjson
 
-from rstar.report.show import best_path, common_answer, problem_of, shown_text
+from rstar.report.look import Look, Seen, disagreement, scored_steps, shuffled
+from rstar.report.show import best_path, common_answer, find_refs, problem_of, shown_text
 from rstar.rounds import RoundDir
-from rstar.store import FrameRef, index, read_frame
+from rstar.store import FrameRef, read_frame
 from rstar.tree import Node, Tree
-from rstar.types import JsonValue, UserError
+from rstar.types import JsonValue
 
-LOOKED_AT = 300  # problems per round that are read to choose from
 MAX_TEXT = 4_000  # characters of a step's text, output or error
 MAX_BYTES = 24 << 20  # of all trees in a page
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one look at a tree found."""
-
-    ref: FrameRef
-    solved: bool
-    mixed: bool  # right and wrong answers: what a reader learns most from
-    nodes: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +28,7 @@ class Shown:
     round: int
     newly_solved: bool  # no earlier round's tree of this problem was solved
     ref: FrameRef
+    asked: bool = False  # by its id
 
 
 @dataclass(frozen=True)
@@ -47,39 +37,43 @@ class Sample:
 
     entries: tuple[Mapping[str, JsonValue], ...]  # one per tree, for the list
     trees: tuple[bytes, ...]  # JSON, in the same order
-    problems: tuple[str, ...]  # what went wrong with reading, in words
     left_out: int  # chosen trees that the page has no room for
 
 
-def sample_trees(run: Path, numbers: Sequence[int], *, per_round: int, max_bytes: int = MAX_BYTES) -> Sample:
+def sample_trees(
+    run: Path, looks: Sequence[Look], *, per_round: int, ids: Sequence[str] = (), max_bytes: int = MAX_BYTES
+) -> Sample:
     """Choose about `per_round` trees of each round, a third newly solved, a third unsolved, and pack them.
 
-    The choice depends on the ids alone, and prefers problems that another round shows, so that one problem can be
-    followed from round to round. Damaged shards are named in `problems`, not raised: a report must not stop a run.
+    The choice depends on what is in the trees and on the ids, and prefers problems that another round shows, so that
+    one problem can be followed from round to round. The trees of all rounds that `ids` name, problems' or trees' own,
+    come first. Raises UserError for an unknown one.
     """
-    chosen: list[list[Shown]] = []
-    trouble: list[str] = []
-    solved_before: set[str] = set()
+    newly = {(found.number, problem) for found in looks for problem in found.newly}
+    asked = [
+        Shown(number, (number, problem_of(ref.tree_id)) in newly, ref, asked=True)
+        for name in ids
+        for number, ref in find_refs(run, name)
+    ]
     picked: set[str] = set()
-    for number in numbers:
-        try:
-            seen = _look(RoundDir(run, number).trees)
-        except UserError as error:
-            trouble.append(f"round {number}: {error}")
-            continue
-        solved = {problem for problem, trees in seen.items() if any(tree.solved for tree in trees)}
-        newly = solved - solved_before if chosen else set()
-        shown = _choose(seen, solved, newly, per_round, picked)
+    chosen: list[list[Shown]] = []
+    for found in looks:
+        shown = _choose(found, per_round, picked)
         picked.update(shown)
-        chosen.append([Shown(number, problem in newly, _telling(seen[problem])) for problem in shown])
-        solved_before |= solved
+        chosen.append(
+            [Shown(found.number, problem in found.newly, _telling(found.problems[problem])) for problem in shown]
+        )
+    wanted: dict[tuple[int, str], Shown] = {}
+    for one in [*asked, *_in_turns(chosen)]:
+        wanted.setdefault((one.round, one.ref.tree_id), one)
+    pairs = {
+        number: _pairs(run, number, [tree_id for other, tree_id in wanted if other == number])
+        for number in {number for number, _ in wanted}
+    }
     entries: list[Mapping[str, JsonValue]] = []
     trees: list[bytes] = []
     size = left_out = 0
-    pairs = {
-        shown[0].round: _pairs(run, shown[0].round, [one.ref.tree_id for one in shown]) for shown in chosen if shown
-    }
-    for one in _in_turns(chosen):
+    for one in wanted.values():
         if size > max_bytes:
             left_out += 1
             continue
@@ -89,48 +83,30 @@ def sample_trees(run: Path, numbers: Sequence[int], *, per_round: int, max_bytes
         trees.append(packed)
         entries.append(_entry(one, tree))
     order = sorted(range(len(entries)), key=lambda i: (str(entries[i]["problem"]), entries[i]["round"]))
-    return Sample(tuple(entries[i] for i in order), tuple(trees[i] for i in order), tuple(trouble), left_out)
+    return Sample(tuple(entries[i] for i in order), tuple(trees[i] for i in order), left_out)
 
 
-def _look(folder: Path) -> dict[str, list[_Seen]]:
-    """At most LOOKED_AT problems of a round, the same ones in every round of a pool."""
-    by_problem: dict[str, list[FrameRef]] = {}
-    for tree_id, ref in index(folder).items():
-        by_problem.setdefault(problem_of(tree_id), []).append(ref)
-    return {
-        problem: [_see(ref) for ref in by_problem[problem]] for problem in sorted(by_problem, key=_shuffled)[:LOOKED_AT]
-    }
-
-
-def _see(ref: FrameRef) -> _Seen:
-    tree = read_frame(ref)
-    rewards = {leaf.reward for leaf in tree.answers()}
-    return _Seen(ref, tree.solved, {1.0, -1.0} <= rewards, len(tree.nodes))
-
-
-def _shuffled(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-
-
-def _choose(
-    seen: Mapping[str, Sequence[_Seen]], solved: set[str], newly: set[str], n: int, picked: set[str]
-) -> list[str]:
+def _choose(found: Look, n: int, picked: set[str]) -> list[str]:
     def liked(problem: str) -> tuple[bool, bool, bytes]:
-        return problem not in picked, not any(tree.mixed for tree in seen[problem]), _shuffled(problem)
+        return problem not in picked, not any(tree.mixed for tree in found.problems[problem]), shuffled(problem)
+
+    def odd(problem: str) -> float:
+        return max(tree.disagreement for tree in found.problems[problem])
 
     third = max(1, n // 3)
     groups: list[Iterable[str]] = [
-        sorted(newly, key=liked)[:third],
-        sorted(set(seen) - solved, key=liked)[:third],
-        sorted(solved, key=liked),
-        sorted(seen, key=liked),
+        sorted(found.newly, key=liked)[:third],
+        sorted((row.problem_id for row in found.unsolved), key=liked)[:third],
+        sorted(found.problems, key=odd, reverse=True)[: third // 2],
+        sorted(found.solved, key=liked),
+        sorted(found.problems, key=liked),
     ]
     return list(dict.fromkeys(problem for group in groups for problem in group))[:n]
 
 
-def _telling(trees: Sequence[_Seen]) -> FrameRef:
-    """The one tree of a problem that is shown: solved, with both outcomes, first seed."""
-    return max(trees, key=lambda tree: (tree.solved, tree.mixed)).ref
+def _telling(trees: Sequence[Seen]) -> FrameRef:
+    """The one tree of a problem that is shown: solved, with both outcomes, where the PPM was most wrong."""
+    return max(trees, key=lambda tree: (tree.solved, tree.mixed, tree.disagreement)).ref
 
 
 def _in_turns(rounds: Sequence[Sequence[Shown]]) -> list[Shown]:
@@ -159,15 +135,20 @@ def _pairs(run: Path, number: int, tree_ids: Sequence[str]) -> dict[str, list[tu
 
 
 def _entry(one: Shown, tree: Tree) -> dict[str, JsonValue]:
+    off, at = disagreement(scored_steps(tree))
     return {
         "id": tree.tree_id,
         "problem": tree.problem.id,
+        "question": tree.problem.question,
         "round": one.round,
         "level": tree.problem.level,
         "solved": tree.solved,
         "new": one.newly_solved,
         "complete": tree.complete,
         "nodes": len(tree.nodes) - 1,
+        "off": round(off, 2),
+        "at": at,
+        "asked": one.asked,
     }
 
 
@@ -176,7 +157,6 @@ def pack(tree: Tree, pairs: Sequence[tuple[int, int]] = ()) -> bytes:
     common = common_answer(tree)
     return orjson.dumps(
         {
-            "question": tree.problem.question,
             "answer": tree.problem.answer,
             "common": common and [common[0], common[1], sum(leaf.multiplicity for leaf in tree.answers())],
             "rollouts": tree.rollouts_done,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
+from itertools import zip_longest
 
 import orjson
 
-from rstar.report.charts import Point, Series, bar_chart, line_chart
+from rstar.evaluation import Candidate, EvalRecord, Pick, bootstrap, chosen_share, top_score, vote
+from rstar.report.charts import Point, Series, bar_chart, line_chart, log_ticks
 from rstar.report.results import NONE, Results, RoundResult, Table, count, in_order, measure, share, training_table
 from rstar.rounds import RoundDir
 from rstar.store import read_json
@@ -15,21 +19,33 @@ from rstar.store import read_json
 LOSS_POINTS = 120  # of a loss curve
 
 
-def table_html(table: Table) -> str:
-    """A table with its caption and notes, scrolling sideways where it is too wide."""
+def table_html(table: Table, *, links: Sequence[str] = (), words: bool = False) -> str:
+    """A table with its caption and notes, scrolling sideways where it is too wide.
+
+    Args:
+        table: What it says.
+        links: Where the first cell of each row leads within the page; "" for nowhere.
+        words: Its cells are words rather than figures.
+    """
     over = "".join(f'<th colspan="{columns}">{escape(group)}</th>' for group, columns in table.spans)
     rows = (
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in table.rows
+        f'<tr><th scope="row">{_linked(row[0], link)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row, link in zip_longest(table.rows, links, fillvalue="")
     )
     notes = "".join(f"<p class=note>{escape(note[0].upper() + note[1:])}.</p>" for note in table.notes)
     caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
     top = f"<tr class=groups>{over}</tr>" if any(table.groups) else ""
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads)
     return (
-        f"<div class=wide><table>{caption}<thead>{top}<tr>{heads}</tr></thead>"
+        f"<div class=wide><table{' class=left' if words else ''}>{caption}<thead>{top}<tr>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>{notes}"
     )
+
+
+def _linked(text: str, link: str) -> str:
+    return f'<a href="{escape(link)}">{escape(text)}</a>' if link else escape(text)
 
 
 def curves(found: Results) -> str:
@@ -119,6 +135,7 @@ def heldout(found: Results) -> str:
             ),
         )
     )
+    spent = accuracy_against_tokens(found)
     levels = sorted({(m, level) for one in found.rounds for m, by in one.heldout_levels.items() for level in by})
     by_level = [
         (found.label(one.number), *(share(one.heldout_levels.get(m, {}).get(level)) for m, level in levels))
@@ -126,11 +143,48 @@ def heldout(found: Results) -> str:
         if one.heldout_levels
     ]
     if len({level for _, level in levels}) < 2:
-        return whole
+        return whole + spent
     groups = ("", *(words.get(m, m) for m, _ in levels))
-    return whole + table_html(
-        Table("accuracy by level, %", groups, ("round", *(level for _, level in levels)), tuple(by_level))
+    table = Table("accuracy by level, %", groups, ("round", *(level for _, level in levels)), tuple(by_level))
+    return whole + table_html(table) + spent
+
+
+def accuracy_against_tokens(found: Results) -> str:
+    """What more generated tokens buy with the newest models: greedy, and k of the solutions that each problem has."""
+    last = next((one for one in reversed(found.rounds) if "eval" in one.stages), None)
+    path = RoundDir(found.run, last.number).eval_json if last else None
+    if last is None or path is None or not path.exists():
+        return ""
+    majority = partial(vote, top_k=found.setting("eval", "top_k") or 0)
+    choices: Mapping[str, Mapping[str, Pick]] = {
+        "greedy": {"greedy": top_score},
+        "sample": {"vote": vote},
+        "mcts": {"PPM-guided": top_score, "majority": majority},
+    }
+    series = []
+    for method, one in read_json(path)["methods"].items():
+        candidates = [tuple(Candidate(**c) for c in row.pop("candidates")) for row in one.get("records", ())]
+        records = [EvalRecord(candidates=c, **row) for c, row in zip(candidates, one.get("records", ()), strict=True)]
+        n = max((record.samples for record in records), default=0)
+        cost = sum(record.tokens for record in records) / max(1, len(records))
+        if not cost:
+            continue
+        sizes = sorted({n, *(4**e for e in range(n.bit_length()) if 4**e < n)})
+        for name, pick in choices.get(method, {}).items():
+            if name == "majority" and n == 1:
+                continue
+            measured = [(k, bootstrap([chosen_share(record, k, pick) for record in records])) for k in sizes]
+            points = (Point(math.log2(cost * k / n), 100 * m.mean, 100 * m.low, 100 * m.high) for k, m in measured)
+            series.append(Series(name, tuple(points)))
+    if len(series) < 2:
+        return ""
+    chart = line_chart(
+        f"Held-out accuracy of round {last.number} in %, by generated tokens",
+        series,
+        log_ticks([point.x for one in series for point in one.points]),
+        x_name=f"tokens per problem{', at 1, 4, 16, ... solutions' if any(len(s.points) > 1 for s in series) else ''}",
     )
+    return f"<div class=figures>{chart}</div>"
 
 
 def training(found: Results) -> str:
@@ -185,44 +239,9 @@ def _losses(found: Results, which: str) -> list[Series]:
         stretches = [losses[i : i + width] for i in range(0, len(losses), width)]
         last = max(1, len(stretches) - 1)
         points = tuple(Point(i / last, sum(part) / len(part)) for i, part in enumerate(stretches))
-        curves.append(Series(f"round {one.number}" if one.number else "warm-up", points, marks=len(points) <= 4))
+        name = f"round {one.number}" if one.number else "warm-up"
+        curves.append(Series(name, points, strong=not one.number, marks=len(points) <= 4))
     return curves
-
-
-def outcomes(found: Results) -> str:
-    """How the steps of each round's search ended."""
-    rounds = [one for one in found.rounds if one.outcomes]
-    order = {"live": 0, "answer": 1, "code_error": 2, "malformed": 3, "max_depth": 4, "dead_end": 5}
-    kinds = sorted({kind for one in rounds for kind in one.outcomes}, key=lambda kind: (order.get(kind, 9), kind))
-    if not rounds:
-        return ""
-    bars = [(f"round {one.number}", {kind: float(one.outcomes.get(kind, 0)) for kind in kinds}) for one in rounds]
-    rows = [
-        (
-            found.label(one.number),
-            count(one.trees),
-            count(one.rollouts),
-            count(sum(one.outcomes.values())),
-            *(
-                f"{count(one.outcomes.get(kind, 0))} ({one.outcomes.get(kind, 0) / sum(one.outcomes.values()):.0%})"
-                for kind in kinds
-            ),
-        )
-        for one in rounds
-    ]
-    table = Table(
-        "step outcomes",
-        ("",) * (4 + len(kinds)),
-        ("round", "trees", "rollouts", "steps", *kinds),
-        tuple(rows),
-        ("live: a step that can be continued; code_error and malformed steps are filtered and never backed up",),
-    )
-    return (
-        table_html(table)
-        + "<div class=figures>"
-        + bar_chart("How steps ended", bars, kinds=kinds, unit="steps", whole=True)
-        + "</div>"
-    )
 
 
 def cost(found: Results) -> str:

@@ -44,15 +44,20 @@ def find_trees(run: Path, problem_id: str, round: int | None = None) -> list[Tre
 
     A tree's own id (`<problem>#<seed>`) finds that tree alone. Raises UserError that names near ids for an unknown one.
     """
+    return [read_frame(ref) for _, ref in find_refs(run, problem_id, round)]
+
+
+def find_refs(run: Path, problem_id: str, round: int | None = None) -> list[tuple[int, FrameRef]]:
+    """As `find_trees`: the trees' rounds and where their frames lie."""
     numbers = [number for number in round_numbers(run) if round in (None, number)]
-    found: list[FrameRef] = []
+    found: list[tuple[int, FrameRef]] = []
     known: set[str] = set()
     for number in numbers:
         refs = index(RoundDir(run, number).trees)
         known.update(map(problem_of, refs))
-        found += [ref for tree_id, ref in refs.items() if problem_id in (tree_id, problem_of(tree_id))]
+        found += [(number, ref) for tree_id, ref in refs.items() if problem_id in (tree_id, problem_of(tree_id))]
     if found:
-        return [read_frame(ref) for ref in found]
+        return found
     where = f"{run}" if round is None else f"round {round} of {run}"
     if not known:
         raise UserError(f"{where} holds no trees", need="a round whose search has begun")

@@ -16,6 +16,8 @@ from rstar.report.results import round_numbers
 from rstar.report.show import clean
 from rstar.rounds import RoundDir
 from rstar.store import read_trees
+from rstar.tree import Tree
+from rstar.types import Problem
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,51 @@ class Unsolved:
     share: float  # of the samples that ended in an answer, in [0, 1]
     answers: int  # those samples
 
+    @property
+    def given(self) -> str:
+        """Its most frequent answer in words."""
+        return f"{self.answer} in {100 * self.share:.0f}% of {self.answers} answers" if self.answers else "no answer"
 
-def unsolved(folder: Path) -> list[Unsolved]:
-    """The unsolved problems of a folder of trees, the most agreed-on wrong answers first; streams the trees."""
-    votes: dict[str, Counter[str]] = {}
-    rows: dict[str, tuple[str, str, str]] = {}
-    solved: set[str] = set()
-    for tree in read_trees(folder):
+
+class Votes:
+    """The answers of problems without a solved tree; trees come in any order."""
+
+    def __init__(self) -> None:
+        self._votes: dict[str, Counter[str]] = {}
+        self._problems: dict[str, Problem] = {}
+        self._solved: set[str] = set()
+
+    def add(self, tree: Tree) -> None:
+        """Count the answers of a tree; a solved one takes its problem out for good."""
         problem = tree.problem
         if tree.solved:
-            solved.add(problem.id)
-        if problem.id in solved:
-            votes.pop(problem.id, None)
-            continue
-        rows[problem.id] = (problem.level, problem.question, problem.answer)
-        counted = votes.setdefault(problem.id, Counter())
+            self._solved.add(problem.id)
+        if problem.id in self._solved:
+            self._votes.pop(problem.id, None)
+            return
+        self._problems[problem.id] = problem
+        counted = self._votes.setdefault(problem.id, Counter())
         for leaf in tree.answers():
             counted[leaf.answer or ""] += leaf.multiplicity
-    found = []
-    for ident, counted in votes.items():
-        ((answer, times),) = counted.most_common(1) or [("", 0)]
-        total = counted.total()
-        found.append(Unsolved(ident, *rows[ident], answer, times / max(1, total), total))
-    return sorted(found, key=lambda row: (-row.share, -row.answers, row.problem_id))
+
+    def unsolved(self) -> list[Unsolved]:
+        """The unsolved problems, the most agreed-on wrong answers first."""
+        found = []
+        for ident, counted in self._votes.items():
+            ((answer, times),) = counted.most_common(1) or [("", 0)]
+            total, problem = counted.total(), self._problems[ident]
+            found.append(
+                Unsolved(ident, problem.level, problem.question, problem.answer, answer, times / max(1, total), total)
+            )
+        return sorted(found, key=lambda row: (-row.share, -row.answers, row.problem_id))
+
+
+def unsolved(folder: Path) -> list[Unsolved]:
+    """The unsolved problems of a folder of trees; streams the trees."""
+    votes = Votes()
+    for tree in read_trees(folder):
+        votes.add(tree)
+    return votes.unsolved()
 
 
 def unsolved_text(run: Path, *, limit: int = 20, width: int = 100) -> str:
@@ -70,7 +94,6 @@ def unsolved_text(run: Path, *, limit: int = 20, width: int = 100) -> str:
 def _lines(rows: Sequence[Unsolved], width: int) -> list[str]:
     lines = []
     for row in rows:
-        given = f"{row.answer} in {100 * row.share:.0f}% of {row.answers} answers" if row.answers else "no answer"
-        lines.append(clean(f"  {row.problem_id}: reference {row.reference}, given {given}").replace("\n", " "))
+        lines.append(clean(f"  {row.problem_id}: reference {row.reference}, given {row.given}").replace("\n", " "))
         lines.append(textwrap.shorten(clean(row.question), width, initial_indent="    ", placeholder=" ..."))
     return lines
