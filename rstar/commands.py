@@ -44,7 +44,7 @@ def one_round(options: argparse.Namespace) -> int:
 
 
 def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers: Sequence[int]) -> int:
-    """Run the rounds' unfinished stages, each in a process of its own, and refresh the report after each round."""
+    """Run the rounds' unfinished stages, each in a process of its own, and refresh the report after each."""
     from rstar.cluster import ray_session
     from rstar.rounds import run_dir
     from rstar.stopping import stop_on_signals
@@ -69,7 +69,6 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
                     if stage.finished() is None:
                         _run_process(options, stage.round.number, stage.name)
                         ran += 1
-                    if stage.name == "eval":
                         _refresh(run.path)
         table = _refresh(run.path)
     finally:
@@ -91,11 +90,11 @@ def _run_process(options: argparse.Namespace, number: int, stage: str) -> None:
         )
 
 
-def _refresh(run: Path) -> str:
+def _refresh(run: Path, trees: Sequence[str] = ()) -> str:
     from rstar.report.html import write_report
     from rstar.report.results import results, results_table
 
-    write_report(run)
+    write_report(run, ids=trees)
     return results_table(results(run))
 
 
@@ -219,7 +218,7 @@ def show(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     from rstar.report.unsolved import unsolved_text
 
-    print(_refresh(Path(options.run)))
+    print(_refresh(Path(options.run), options.trees))
     if unsolved := unsolved_text(Path(options.run), limit=options.unsolved):
         print(f"\n{unsolved}")
     print(f"\nreport: {Path(options.run) / 'report.html'}")
@@ -233,11 +232,11 @@ def config(options: argparse.Namespace) -> int:
     return 0
 
 
-def doctor(_: argparse.Namespace) -> int:
+def doctor(options: argparse.Namespace) -> int:
     from rstar.doctor import examine
 
-    checks = examine()
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{'ok  ' if check.ok else 'FAIL'} {check.name:<{width}}  {check.detail}")
-    return 0 if all(check.ok for check in checks) else 1
+    well = True
+    for check in examine(options.config, options.overrides):
+        print(check, flush=True)
+        well = well and check.ok
+    return 0 if well else 1
