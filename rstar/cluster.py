@@ -2,8 +2,9 @@
 
 Problems are leased: a worker is given a handful whenever it has places free, and small summaries come back; workers
 write their own shards, so trees never pass through the driver. A slow worker asks less often and never holds more than
-it is searching, so there is nothing to take away from it; an idle one takes what comes next. When a worker dies, the
-problems it held are leased again and another worker is started in its place, wherever there is room.
+it is searching, so there is nothing to take away from it; an idle one takes what comes next. When a worker dies, or its
+engine or sandbox does, the problems it held are leased again and another worker is started in its place, wherever there
+is room. A problem that was lost with two workers comes last and alone: it may be what kills them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rstar.config import ClusterSection
 from rstar.engines.base import EngineError
-from rstar.search.collect import ProblemSummary, SearchJob, SearchWorker, WorkItem, collect
+from rstar.sandbox import SandboxError
+from rstar.search.collect import ProblemSummary, SearchJob, SearchWorker, WorkItem
+from rstar.search.failures import Failures
 from rstar.store import index, read_head, shards, sync_path
 from rstar.types import UserError
 
@@ -37,7 +40,29 @@ HANDFUL = 4  # problems in a worker's first lease, doubled each time: the dear o
 CLOSE_SECONDS = 10.0  # for a worker to give its engines and sandbox back
 WAIT_SECONDS = 60.0  # until the driver says that a worker does not start
 
+ALONE_AFTER = 2  # workers that died with a problem
+
 Make = Callable[[SearchJob, str], SearchWorker]
+
+
+class Worker(Protocol):
+    """A search worker here or elsewhere: problems in, summaries out. `start` before use, `close` after."""
+
+    async def start(self) -> None: ...
+
+    async def exchange(self, items: list[WorkItem], wait: bool) -> list[ProblemSummary]:
+        """Take on `items`; returns what is finished, at once or (`wait`) when there is something."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class WorkerLost(RuntimeError):
+    """A worker's process or node is gone."""
+
+
+LOST = (EngineError, SandboxError, WorkerLost)
+"""Failures of the infrastructure: another worker may well succeed."""
 
 
 @contextmanager
@@ -68,14 +93,15 @@ def search_all(
 
     On Ray `items` is read as problems are leased, so a stream of any length takes no memory here.
     """
-    if section.address == "inline":
-        if todo := list(items):
-            asyncio.run(_inline(make_worker(job, "w0"), todo, in_flight(job), on_done))
-    else:
-        leases = Leases(items, workers=section.workers, in_flight=in_flight(job))
-        if not leases.finished.is_set():
-            _connect(section)
-            asyncio.run(_on_ray(job, leases, section, on_done, make_worker))
+    inline = section.address == "inline"
+    leases = Leases(items, workers=1 if inline else section.workers, in_flight=in_flight(job))
+    failures = Failures(job.passes[0].folder, section.max_failure_rate, on_done)
+    if not leases.finished.is_set():
+        if inline:
+            work = _search(leases, section, failures, lambda name: LeasedWorker(make_worker(job, name)))
+        else:
+            work = _search(leases, section, failures, _remote_workers(job, section, make_worker))
+        asyncio.run(work)
     for one in job.passes:
         for path in shards(one.folder):  # a worker that died has not synced its last second
             sync_path(path)
@@ -94,16 +120,6 @@ def dear_first(items: Sequence[WorkItem], folder: Path) -> list[WorkItem]:
 def in_flight(job: SearchJob) -> int:
     """Problems that a worker of `job` searches at once."""
     return max((one.search.trees_in_flight for one in job.passes), default=1)
-
-
-async def _inline(
-    worker: SearchWorker, items: list[WorkItem], places: int, on_done: Callable[[ProblemSummary], None]
-) -> None:
-    try:
-        await worker.start()
-        await collect(items, worker.search_problem, in_flight=places, on_done=on_done)
-    finally:
-        await worker.close()
 
 
 def _connect(section: ClusterSection) -> None:
@@ -155,6 +171,7 @@ class Leases:
     def __init__(self, items: Iterable[WorkItem], *, workers: int, in_flight: int) -> None:
         self._source = iter(items)
         self._waiting = deque(islice(self._source, workers * in_flight))
+        self._alone: deque[WorkItem] = deque()
         self._out = 0
         self._moved = asyncio.Event()
         self.places = min(in_flight, math.ceil(len(self._waiting) / workers))  # no worker idles beside a full one
@@ -167,6 +184,8 @@ class Leases:
         while True:
             items = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             items += islice(self._source, room - len(items))
+            if self._alone and not items and not holds:
+                items = [self._alone.popleft()]
             if items or holds or self.finished.is_set():
                 self._out += len(items)
                 return items
@@ -178,23 +197,26 @@ class Leases:
         self._out -= problems
         self._look()
 
-    def back(self, items: Iterable[WorkItem]) -> None:
-        """These are to be searched again; they go first."""
-        returned = list(items)
-        self._out -= len(returned)
-        self._waiting.extendleft(returned)
+    def back(self, items: Iterable[WorkItem], *, alone: Callable[[WorkItem], bool] = lambda item: False) -> None:
+        """These are to be searched again: first, or, those that are to be `alone`, last and one at a time."""
+        for item in items:
+            self._out -= 1
+            if alone(item):
+                self._alone.append(item)
+            else:
+                self._waiting.appendleft(item)
         self._moved.set()
 
     def _look(self) -> None:
         if not self._out:
             self._waiting.extend(islice(self._source, 0 if self._waiting else 1))
-            if not self._waiting:
+            if not self._waiting and not self._alone:
                 self.finished.set()
                 self._moved.set()
 
 
 class LeasedWorker:
-    """A search worker as a Ray actor: problems in, summaries out."""
+    """A search worker that has several problems in hand."""
 
     def __init__(self, worker: SearchWorker) -> None:
         self._worker = worker
@@ -204,7 +226,7 @@ class LeasedWorker:
         await self._worker.start()
 
     async def exchange(self, items: list[WorkItem], wait: bool) -> list[ProblemSummary]:
-        """Take on `items`; returns what is finished, at once or (`wait`) when there is something."""
+        """As Worker.exchange."""
         self._running |= {asyncio.create_task(self._worker.search_problem(item)) for item in items}
         done, self._running = await asyncio.wait(
             self._running, timeout=None if wait else 0, return_when=asyncio.FIRST_COMPLETED
@@ -215,28 +237,14 @@ class LeasedWorker:
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self._worker.close()
+        with suppress(*LOST):  # what is dead has been noted
+            await self._worker.close()
 
 
-async def _on_ray(
-    job: SearchJob,
-    leases: Leases,
-    section: ClusterSection,
-    on_done: Callable[[ProblemSummary], None],
-    make_worker: Make,
+async def _search(
+    leases: Leases, section: ClusterSection, failures: Failures, make_worker: Callable[[str], Worker]
 ) -> None:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    # Ray's own default is one thread per actor; on a machine of our own the workers share the cores.
-    threads = (os.cpu_count() or 1) // section.workers if section.address == "local" else int(section.cpus_per_worker)
-    remote_worker = ray.remote(
-        num_cpus=section.cpus_per_worker,
-        num_gpus=section.gpus_per_worker,
-        max_concurrency=4,
-        runtime_env={"env_vars": {**PASSIVE_WAIT, "OMP_NUM_THREADS": str(max(1, threads))}},
-    )(_remote(job, make_worker))
-    deaths: Counter[tuple[int, str]] = Counter()  # a problem -> workers that died with it; ("start", of worker n)
+    deaths: Counter[tuple[int, str]] = Counter()  # a problem -> workers that died with it; (n, "start"): of worker n
 
     def key(item: WorkItem) -> tuple[int, str]:
         return item.pass_index, item.problem.id
@@ -244,11 +252,11 @@ async def _on_ray(
     async def keep_worker(number: int) -> None:
         for life in count():
             # A name of its own: a worker whose node is cut off may still be writing to the shard of the one before.
-            actor = remote_worker.remote(f"w{number}-{life}" if life else f"w{number}")
+            worker = make_worker(f"w{number}-{life}" if life else f"w{number}")
             held: dict[tuple[int, str], WorkItem] = {}
             handful = HANDFUL
             try:
-                if not await _started(actor, number, section, leases):
+                if not await _started(worker, leases):
                     return
                 while True:
                     asked = min(handful, leases.places - len(held))
@@ -258,56 +266,110 @@ async def _on_ray(
                         return
                     handful *= 2 if handful < leases.places else 1
                     full = len(items) < asked or len(held) == leases.places
-                    summaries = await actor.exchange.remote(items, full)
+                    summaries = await worker.exchange(items, full)
                     for summary in summaries:
                         del held[summary.pass_index, summary.problem_id]
-                        on_done(summary)
+                        failures.done(summary)
                     leases.done(len(summaries))
-            except RayTaskError as error:
-                if not isinstance(error.cause, EngineError):
-                    raise error.cause from None
-                lost: Exception = error.cause  # its own message, not the worker's traceback
-            except RayError as error:
+            except LOST as error:
                 lost = error
             finally:
-                with suppress(RayError, TimeoutError):
-                    await asyncio.wait_for(actor.close.remote(), CLOSE_SECONDS)
-                ray.kill(actor)
-            leases.back(held.values())
+                await worker.close()
             concerned = list(held) or [(number, "start")]
             deaths.update(concerned)
+            leases.back(held.values(), alone=lambda item: deaths[key(item)] >= ALONE_AFTER)
+            failures.note("worker", f"w{number}", str(lost) or type(lost).__name__)
             _note_loss(number, lost, max(deaths[one] for one in concerned), section)
 
     await asyncio.gather(*(keep_worker(number) for number in range(section.workers)))
 
 
-def _remote(job: SearchJob, make_worker: Make) -> type:
-    class Worker(LeasedWorker):
-        def __init__(self, name: str) -> None:
-            super().__init__(make_worker(job, name))
-
-    return Worker
-
-
-async def _started(actor: Any, number: int, section: ClusterSection, leases: Leases) -> bool:
+async def _started(worker: Worker, leases: Leases) -> bool:
     """Wait until the worker is ready; False when the others have finished everything before it was."""
-    import ray
-
-    start = asyncio.ensure_future(actor.start.remote())
+    start = asyncio.ensure_future(worker.start())
     finished = asyncio.ensure_future(leases.finished.wait())
     try:
-        done, _ = await asyncio.wait({start, finished}, timeout=WAIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            asked = f"{section.cpus_per_worker:g} CPUs and {section.gpus_per_worker:g} GPUs"
-            free = ", ".join(f"{name} {amount:g}" for name, amount in sorted(ray.available_resources().items()))
-            print(f"search worker {number} is not ready yet; it asks for {asked}; free now: {free}", flush=True)
-            await asyncio.wait({start, finished}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({start, finished}, return_when=asyncio.FIRST_COMPLETED)
         if start.done():
             start.result()
-        return bool(start.done())
+        return start.done()
     finally:
         start.cancel()
         finished.cancel()
+
+
+def _remote_workers(job: SearchJob, section: ClusterSection, make_worker: Make) -> Callable[[str], Worker]:
+    """Workers as Ray actors. Raises UserError where a Ray of our own could never start one."""
+    _connect(section)
+    import ray
+
+    asked = {"CPU": section.cpus_per_worker, "GPU": section.gpus_per_worker}
+    if section.address == "local":
+        for name, amount in asked.items():
+            if amount > (there := ray.cluster_resources().get(name, 0.0)):
+                raise UserError(
+                    f"a search worker asks for {amount:g} {name}, this machine has {there:g}",
+                    need="a machine that has what cluster.cpus_per_worker and cluster.gpus_per_worker ask for",
+                    how=f"set cluster.{name.lower()}s_per_worker={there:g}, or join a cluster (cluster.address=auto)",
+                )
+    # Ray's own default is one thread per actor; on a machine of our own the workers share the cores.
+    threads = (os.cpu_count() or 1) // section.workers if section.address == "local" else int(section.cpus_per_worker)
+
+    class Here(LeasedWorker):
+        def __init__(self, name: str) -> None:
+            super().__init__(make_worker(job, name))
+
+    actors = ray.remote(
+        num_cpus=section.cpus_per_worker,
+        num_gpus=section.gpus_per_worker,
+        max_concurrency=4,
+        runtime_env={"env_vars": {**PASSIVE_WAIT, "OMP_NUM_THREADS": str(max(1, threads))}},
+    )(Here)
+    return lambda name: RemoteWorker(actors.remote(name), name, asked)
+
+
+class RemoteWorker:
+    """A LeasedWorker in another process."""
+
+    def __init__(self, actor: Any, name: str, asked: dict[str, float]) -> None:
+        self._actor, self._name, self._asked = actor, name, asked
+
+    async def start(self) -> None:
+        import ray
+
+        start = asyncio.ensure_future(_answer(self._actor.start.remote()))
+        try:
+            await asyncio.wait({start}, timeout=WAIT_SECONDS)
+            if not start.done():
+                asked = ", ".join(f"{name} {amount:g}" for name, amount in self._asked.items())
+                free = ", ".join(f"{name} {amount:g}" for name, amount in sorted(ray.available_resources().items()))
+                print(f"search worker {self._name} is not ready yet; it asks for {asked}; free: {free}", flush=True)
+            await start
+        finally:
+            start.cancel()
+
+    async def exchange(self, items: list[WorkItem], wait: bool) -> list[ProblemSummary]:
+        found: list[ProblemSummary] = await _answer(self._actor.exchange.remote(items, wait))
+        return found
+
+    async def close(self) -> None:
+        import ray
+
+        with suppress(TimeoutError, Exception):
+            await asyncio.wait_for(_answer(self._actor.close.remote()), CLOSE_SECONDS)
+        ray.kill(self._actor)
+
+
+async def _answer(asked: Any) -> Any:
+    """What an actor returned or raised, as itself."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return await asked
+    except RayTaskError as error:
+        raise error.cause from None  # its own failure, not the worker's traceback
+    except RayError as error:
+        raise WorkerLost(str(error).strip() or type(error).__name__) from error
 
 
 def _note_loss(number: int, lost: Exception, times: int, section: ClusterSection) -> None:

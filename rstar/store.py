@@ -26,7 +26,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -319,6 +319,22 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as file:
         file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY, default=str))
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append a value to a file of JSON lines, behind whatever a crash has left there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with room_for(path), path.open("ab") as file:
+        file.write((b"\n" if file.tell() else b"") + orjson.dumps(value))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Values of a file of JSON lines, none where it is not there; a line that was cut off does not count."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(orjson.JSONDecodeError):
+            found.append(orjson.loads(line))
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ import pytest
 from rstar.cluster import PASSIVE_WAIT, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import EngineError
-from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, collect, unfinished
+from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, unfinished
 from rstar.store import index, read_trees
 from rstar.types import Problem, UserError
 
@@ -95,7 +95,7 @@ def test_interrupted_tree_is_continued_from_its_checkpoint(inline: Path, tmp_pat
 
         worker._writers[0].append = once  # type: ignore[method-assign,assignment]
         with pytest.raises(Stop):
-            await collect(items(PROBLEMS[:1]), worker.search_problem, in_flight=1, on_done=lambda s: None)
+            await worker.search_problem(items()[0])
         await worker.close()
 
     asyncio.run(cut_short())

@@ -16,6 +16,7 @@ from rstar.evaluation import EvalRecord, by_level, eval_record, measures
 from rstar.grading import Grader, is_equivalent_fast
 from rstar.sandbox import Sandbox
 from rstar.search.collect import SearchPass
+from rstar.search.failures import infrastructure_failures
 from rstar.store import index, read_frame, read_trees
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
@@ -33,18 +34,21 @@ def tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
     """What the trees of a folder hold in all; streams them."""
     solved: dict[str, bool] = {}
     outcomes: Counter[str] = Counter()
+    executions: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     sandbox: set[str] = set()
     for tree in read_trees(folder):
         solved[tree.problem.id] = solved.get(tree.problem.id, False) or tree.solved
         sandbox.add(str(tree.settings.get("sandbox", "")))
         outcomes.update(node.terminal.value if node.terminal else "live" for node in tree.nodes[1:])
+        executions.update(node.status for node in tree.nodes if node.status)
         totals.update(
             trees=1, nodes=len(tree.nodes) - 1, rollouts=tree.rollouts_done, tokens=tree.tokens, calls=tree.engine_calls
         )
     levels = by_level((problem, solved.get(problem.id, False)) for problem in pool)
     counts = {"problems": len(pool), "solved_by_level": levels, "outcomes": dict(outcomes), "sandbox": sorted(sandbox)}
-    return counts | totals
+    failed = {"executions": dict(executions), "infrastructure": infrastructure_failures(folder)}
+    return counts | failed | totals
 
 
 def eval_search(method: str, section: EvalSection, search: SearchSection, *, with_scorer: bool) -> SearchSection:

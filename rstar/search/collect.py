@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -87,6 +87,8 @@ class ProblemSummary:
     engine_calls: int
     seconds: float
     outcomes: dict[str, int] = field(default_factory=dict)  # terminal reason -> nodes
+    executions: dict[str, int] = field(default_factory=dict)  # ExecutionStatus value -> steps that were run
+    restarted: int = 0  # evaluations that the worker's sandbox has failed under since its summary before
     worker: str = ""
     busy: float = 0.0  # share of the worker's time so far in which its engines had work, in [0, 1]
 
@@ -119,6 +121,7 @@ def summarise(item: WorkItem, trees: Sequence[Tree], *, test_time: bool) -> Prob
         engine_calls=sum(tree.engine_calls for tree in trees),
         seconds=sum(tree.seconds for tree in trees),
         outcomes=dict(outcomes),
+        executions=dict(Counter(node.status for tree in trees for node in tree.nodes if node.status)),
         worker=trees[0].worker if trees else "",
     )
 
@@ -131,6 +134,7 @@ class SearchWorker:
         self.identity = f"{socket.gethostname()}:{os.getpid()}:{name}"
         self.sandbox = Sandbox(job.sandbox)
         self._busy = Busy()
+        self._known_failures = 0  # of the sandbox
         self._grader: Grader | None = None
         self._policy: Policy | None = None
         self._scorer: Scorer | None = None
@@ -158,15 +162,22 @@ class SearchWorker:
         self._earlier = [index(one.folder) for one in job.passes]
         self._sources = [index(one.trees) if one.trees is not None else {} for one in job.passes]
         self._writers = [TreeWriter(one.folder / f"trees-{self.name}.jsonl.zst") for one in job.passes]
+        for writer in self._writers:
+            if writer.torn_bytes:
+                print(
+                    f"{writer.path}: {writer.torn_bytes} bytes of a tree that a crash cut off are dropped", flush=True
+                )
         self._busy = Busy()  # its time begins when everything is loaded
 
     async def close(self) -> None:
         for writer in self._writers:
             writer.close()
-        for engine in (self._policy, self._scorer):
-            if engine is not None:
-                await engine.close()
-        await self.sandbox.close()
+        try:
+            for engine in (self._policy, self._scorer):
+                if engine is not None:
+                    await engine.close()
+        finally:
+            await self.sandbox.close()
 
     async def load_adapters(self, folders: Mapping[str, str]) -> None:
         """Serve these LoRA adapters from now on, in place of those of the same names; while nothing is searched."""
@@ -185,7 +196,9 @@ class SearchWorker:
         scored_again = one.trees is not None
         trees = await (self._score_again(item) if scored_again else self.trees(item))
         summary = summarise(item, trees, test_time=one.test_time or scored_again)
-        return replace(summary, busy=self._busy.share)
+        failed, known = self.sandbox.counts.infrastructure_failures, self._known_failures
+        self._known_failures = failed
+        return replace(summary, busy=self._busy.share, restarted=failed - known)
 
     async def trees(self, item: WorkItem) -> list[Tree]:
         """As search_problem, but the trees themselves."""
@@ -322,20 +335,3 @@ def _sampling(section: SearchSection) -> Sampling:
         drop_failed_steps=section.drop_failed_steps,
         first_answer_only=section.first_answer_only,
     )
-
-
-async def collect(
-    items: Sequence[WorkItem],
-    search_problem: Callable[[WorkItem], Awaitable[ProblemSummary]],
-    *,
-    in_flight: int,
-    on_done: Callable[[ProblemSummary], None],
-) -> None:
-    """Push `items` through `search_problem`, at most `in_flight` at once, in the order of the list."""
-    queue = iter(items)
-
-    async def puller() -> None:
-        for item in queue:
-            on_done(await search_problem(item))
-
-    await together(*(puller() for _ in range(min(in_flight, len(items)))))

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from rstar.cluster import PASSIVE_WAIT, ray_session, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
+from rstar.sandbox import Counts
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, unfinished
 from rstar.store import shards
 from rstar.types import Execution, ExecutionStatus, Problem
@@ -45,6 +46,7 @@ class NoSandbox:
     """Stands in for the sandbox: every step succeeds, a print gives a number."""
 
     level = "none"
+    counts = Counts()
     root: tuple[str, ...] = ()
 
     async def start(self) -> None: ...

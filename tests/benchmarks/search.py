@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,11 @@ from rstar.engines.base import Policy
 from rstar.engines.build import build_policy
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.prompts import END_OF_ANSWER, END_OF_CODE, END_OF_STEP, step_prompt
-from rstar.search.collect import SearchJob, SearchPass, SearchWorker, WorkItem, collect
+from rstar.sandbox import Counts
+from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.mcts import Mcts
+from rstar.search.together import together
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Generation, Problem, PromptText, SamplingParams
 
@@ -106,6 +108,7 @@ class NoSandbox:
     """Takes a sandbox's place and runs nothing."""
 
     level = "none"
+    counts = Counts()
 
     async def start(self) -> None: ...
 
@@ -205,6 +208,23 @@ async def replay(policy: Policy, requests: Sequence[tuple[PromptText, SamplingPa
 
     await asyncio.gather(*(sender() for _ in range(at_once)))
     return recorder
+
+
+async def collect(
+    items: Sequence[WorkItem],
+    search_problem: Callable[[WorkItem], Awaitable[ProblemSummary]],
+    *,
+    in_flight: int,
+    on_done: Callable[[ProblemSummary], object],
+) -> None:
+    """Push `items` through `search_problem`, at most `in_flight` at once, in the order of the list."""
+    queue = iter(items)
+
+    async def puller() -> None:
+        for item in queue:
+            on_done(await search_problem(item))
+
+    await together(*(puller() for _ in range(min(in_flight, len(items)))))
 
 
 async def expansion_rate(folder: Path, problems: int, *, execute: bool) -> float:
