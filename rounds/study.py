@@ -1,0 +1,312 @@
+"""What rounds/study.sh does: runs, comparisons, and the tables that quote them.
+
+Every figure comes from `rstar` itself: runs by `rstar evolve` and `rstar round`, comparisons by `rstar eval`. Here is
+only the order of the commands, the budget of the rival, and the table of question 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from platform import machine
+from typing import Any
+
+from rstar.config import digest, to_dict
+from rstar.evaluation import Measure, Paired, bootstrap, paired
+from rstar.problems import load_problems
+from rstar.recipes import load_config
+from rstar.report.results import count, measure
+from rstar.rounds import RunDir, this_machine
+from rstar.store import write_json, write_rows
+from rstar.types import UserError
+
+HERE = Path(__file__).resolve().parent.parent
+RIVAL = ("search.method=sample", "extract.sft_by=random", "ppm.epochs=0")
+RIVAL_ROUND = ("search.use_ppm=false", "search.seeds=[0]", "search.escalate=[]", "search.second_pass=0")
+
+
+def rstar(*arguments: str | Path) -> None:
+    """Run one `rstar` command and leave with its exit code where it fails."""
+    command = [sys.executable, "-m", "rstar", *map(str, arguments)]
+    print("+ rstar " + " ".join(map(str, arguments)), flush=True)
+    code = subprocess.run(command, cwd=HERE).returncode
+    if code:
+        sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One seed of the study: where it lives and what its runs are laid over with."""
+
+    config: str
+    settings: tuple[str, ...]
+    seed: int
+    runs: Path
+    out: Path
+    tiny: bool
+
+    @property
+    def overrides(self) -> list[str]:
+        return [*self.settings, f"run.seed={self.seed}", f"problems.seed={1 + self.seed}"]
+
+    def run(self, name: str) -> RunDir:
+        return RunDir(self.runs / f"{name}-s{self.seed}")
+
+    def resolved(self) -> Any:
+        return load_config(self.config, self.overrides)[1]
+
+    def searched(self) -> RunDir:
+        """The four rounds."""
+        run = self.run("search")
+        rstar("evolve", self.config, *self.overrides, f"run.dir={run.path}")
+        return run
+
+    def from_base(self, name: str, base: RunDir) -> RunDir:
+        """A run that shares the warm-up of `base`."""
+        run = self.run(name)
+        if not run.round(0).path.exists():
+            shutil.copytree(base.round(0).path, run.round(0).path, copy_function=os.link)
+        return run
+
+    def expert(self, search: RunDir) -> RunDir:
+        """Plain expert iteration that has generated as many tokens by the end of each round as the search had.
+
+        Samples of a round = what is left of the budget over the tokens of a sample, as measured a round before.
+        """
+        run, numbers = self.from_base("expert", search), range(1, self.resolved().run.rounds + 1)
+        laid = [f"rounds.r{number}.{key}" for number in numbers for key in RIVAL_ROUND]
+        greedy = search.round(0).record("eval").counts["greedy"]  # type: ignore[union-attr]
+        cost, budget, spent = greedy["tokens"] / greedy["problems"], 0, 0
+        for number in numbers:
+            record = search.round(number).record("search")
+            assert record is not None, f"round {number} of {search.path} has no search"
+            budget += record.counts["tokens"]
+            samples = max(1, round((budget - spent) / (record.counts["problems"] * cost)))
+            laid.append(f"rounds.r{number}.search.rollouts={samples}")
+            rstar("round", str(number), self.config, *self.overrides, *RIVAL, *laid, f"run.dir={run.path}")
+            own = run.round(number).record("search")
+            assert own is not None
+            spent += own.counts["tokens"]
+            cost = own.counts["tokens"] / own.counts["rollouts"]
+        return run
+
+    def one_round(self, name: str, base: RunDir, *settings: str) -> RunDir:
+        """Round 1 alone, with other settings."""
+        run = self.from_base(name, base)
+        for number in ("0", "1"):
+            rstar("round", number, self.config, *self.overrides, "ppm.epochs=0", *settings, f"run.dir={run.path}")
+        return run
+
+    def compare(self, name: str, models: Sequence[Path], methods: str, trajectories: str, *more: str | Path) -> None:
+        """`rstar eval` on the held-out problems; its tables go to the results as <question>-seed<N>."""
+        heldout = self.runs / f"heldout-s{self.seed}.jsonl"
+        problems = sorted(
+            load_problems(self.resolved().problems).heldout, key=lambda p: (int(p.id.rpartition("/")[2]), p.id)
+        )
+        write_rows(heldout, ({"id": p.id, "question": p.question, "answer": p.answer} for p in problems))
+        made = self.runs / f"{name.partition('-')[0]}-s{self.seed}"
+        options: list[str | Path] = [
+            "--methods",
+            methods,
+            "--trajectories",
+            trajectories,
+            "--config",
+            self.config,
+            "--out",
+            made,
+        ]
+        rstar("eval", *models, "--benchmarks", f"heldout={heldout}", *options, *more, *self.overrides)
+        for file in ("results.json", "results.md", "accuracy_vs_tokens.svg"):
+            shutil.copy(made / file, self.out / f"{name}-seed{self.seed}{Path(file).suffix}")
+
+    def some(self, problems: int) -> list[str]:
+        return [f"eval.problems={4 if self.tiny else problems}"]
+
+
+# -- the questions -----------------------------------------------------------------------------------------------------
+
+
+def question_1(study: Study) -> None:
+    """Four rounds against plain expert iteration."""
+    search = study.searched()
+    expert = study.expert(search)
+    config = study.resolved()
+    last = config.run.rounds
+    rows = [round_row(search, expert, number) for number in range(last + 1)]
+    first, end, rival = (greedy(run, n) for run, n in ((search, 0), (search, last), (expert, last)))
+    tests = {
+        f"search, round {last} against row 0": paired(list(end.values()), [first[i] for i in end]),
+        f"expert iteration, round {last} against row 0": paired(list(rival.values()), [first[i] for i in rival]),
+        f"search against expert iteration, round {last}": paired(list(end.values()), [rival[i] for i in end]),
+    }
+    families = {
+        name: [sum(v for i, v in one.items() if i.startswith(f"{name}/")) for one in (first, end, rival)]
+        for name in dict.fromkeys(i.partition("/")[0] for i in first)
+    }
+    result = {
+        "seed": study.seed,
+        "heldout": len(first),
+        "config": study.config,
+        "settings": to_dict(config),
+        "settings_digest": digest(to_dict(config)),
+        "machine": this_machine().partition(", ")[2],
+        "rounds": rows,
+        "paired": {name: asdict(test) for name, test in tests.items()},
+        "families": families,
+    }
+    write_json(study.out / f"1-seed{study.seed}.json", result)
+    text = "\n".join(question_1_table(result, tests))
+    (study.out / f"1-seed{study.seed}.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def greedy(run: RunDir, number: int) -> dict[str, float]:
+    """Held-out problem -> 1 where the greedy answer of that round's policy is right, else 0."""
+    records = json.loads(run.round(number).eval_json.read_text(encoding="utf-8"))["methods"]["greedy"]["records"]
+    return {r["problem_id"]: float(any(c["correct"] for c in r["candidates"])) for r in records}
+
+
+def round_row(search: RunDir, expert: RunDir, number: int) -> dict[str, Any]:
+    """Figures of one round of both runs."""
+    row: dict[str, Any] = {"round": number}
+    for name, run in (("search", search), ("expert", expert)):
+        row[name] = {"greedy": asdict(bootstrap(list(greedy(run, number).values())))}
+        guided = json.loads(run.round(number).eval_json.read_text(encoding="utf-8"))["methods"].get("mcts")
+        row[name]["guided"] = guided["measures"]["top_score"] if guided else None
+        records = {stage: run.round(number).record(stage) for stage in ("search", "extract")}
+        if number and records["search"] and records["extract"]:
+            found, taken = records["search"].counts, records["extract"].counts
+            solved, problems = found["solved_by_level"]["all"]
+            row[name] |= {"solved": solved / problems, "tokens": found["tokens"], "rows": taken["sft_rows"]}
+            row[name] |= {"rollouts": found["rollouts"] / problems}
+    return row
+
+
+def question_1_table(result: dict[str, Any], tests: dict[str, Paired]) -> Iterator[str]:
+    """The table of question 1 as Markdown."""
+    yield f"# 1. Four rounds of search against plain expert iteration (seed {result['seed']})\n"
+    yield f"{result['heldout']} held-out problems, percent with 95% bootstrap intervals. {result['machine']}\n"
+    columns = ("solved", "tokens", "rows", "greedy")
+    heads = ["round", *(f"search: {c}" for c in columns), "PPM-guided", "samples", *(f"expert: {c}" for c in columns)]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + " ---: |" * 11
+    for row in result["rounds"]:
+        cells = [str(row["round"])]
+        for name in ("search", "expert"):
+            one = row[name]
+            made = (
+                [f"{100 * one['solved']:.1f}", count(one["tokens"]), str(one["rows"])] if "solved" in one else ["-"] * 3
+            )
+            cells += [f"{one.get('rollouts', 0):.0f}"] if name == "expert" else []
+            cells += [*made, measure(Measure(**one["greedy"]))]
+            cells += [measure(Measure(**one["guided"])) if one["guided"] else "-"] if name == "search" else []
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    for name, test in tests.items():
+        yield (f"* {name}: {measure(test.difference)} points, {test.wins} problems won, {test.losses} lost, "
+               f"McNemar p = {test.p_value:.2g}")  # fmt: skip
+    yield "\n| family | row 0 | search | expert |\n| --- | ---: | ---: | ---: |"
+    for name, figures in result["families"].items():
+        yield f"| {name} | " + " | ".join(f"{value:.0f}" for value in figures) + " |"
+
+
+def question_2(study: Study) -> None:
+    """The last policy, the PPM of each round."""
+    run, last = study.searched(), study.resolved().run.rounds
+    for number in range(1, last + 1):
+        ppm = ("--ppm", run.round(number).ppm)
+        study.compare(f"2-ppm{number}", [run.round(last).policy], "bon,mcts", "1,2", *ppm, *study.some(56))
+
+
+def question_3(study: Study) -> None:
+    """Verifiers and ways to search at equal tokens."""
+    run = study.searched()
+    here = run.round(study.resolved().run.rounds)
+    made = {loss: study.runs / f"{loss}-s{study.seed}" for loss in ("bce", "mse")}
+    for loss, folder in made.items():
+        if not folder.exists():
+            options: list[str | Path] = ["--model", here.policy, "--out", folder, "--config", study.config]
+            rstar("train", "ppm", here.path, *options, f"ppm.loss={loss}", *study.overrides)
+    verifiers = ("--ppm", here.ppm, "--orm", made["bce"])
+    study.compare("3", [here.policy], "greedy,sample,maj,bon,beam,mcts", "1,2,4", *verifiers, *study.some(56))
+    study.compare("3-pqm", [here.policy], "greedy,bon,beam,mcts", "1,2,4", "--ppm", made["mse"], *study.some(56))
+
+
+def question_4(study: Study) -> None:
+    """One round, one thing changed at a time; all from the same base."""
+    search = study.searched()
+    expert = study.expert(search)
+    folder = study.runs / f"arms-s{study.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    random = folder / "random-correct"
+    if not random.exists():
+        options: list[str | Path] = ["--model", search.round(0).policy, "--out", random, "--config", study.config]
+        rstar("train", "policy", search.round(1).path, *options, "extract.sft_by=random", *study.overrides)
+    arms = {
+        "base": search.round(0).policy,
+        "top-2-by-Q": search.round(1).policy,
+        "rejection-sampled": expert.round(1).policy,
+        "failed-steps-kept": study.one_round("unfiltered", search, "search.drop_failed_steps=false").round(1).policy,
+        "official-UCT": study.one_round("official", search, "search.unvisited_first=false").round(1).policy,
+    }
+    for name, policy in arms.items():
+        if not (folder / name).exists():
+            (folder / name).symlink_to(policy.resolve())
+    study.compare("4", [*(folder / name for name in arms), random], "greedy", "1")
+
+
+def question_5(study: Study) -> None:
+    """Accuracy by the number of trajectories."""
+    run = study.searched()
+    here = run.round(study.resolved().run.rounds)
+    many = "1,2" if study.tiny else "1,4,16"
+    study.compare("5", [here.policy], "maj,mcts", many, "--ppm", here.ppm, *study.some(28))
+
+
+QUESTIONS = {"1": question_1, "2": question_2, "3": question_3, "4": question_4, "5": question_5}
+
+
+def main() -> None:
+    """Answer the questions named on the command line."""
+    parser = argparse.ArgumentParser(prog="rounds/study.sh")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("what", nargs="*")
+    options = parser.parse_args()
+    settings = tuple(word for word in options.what if "=" in word)
+    wanted = [word for word in options.what if "=" not in word] or list(QUESTIONS)
+    if unknown := set(wanted) - set(QUESTIONS):
+        raise UserError(f"question {', '.join(sorted(unknown))}", need=f"of {', '.join(QUESTIONS)}")
+    config = HERE / "configs" / ("rstar_math/tiny.yaml" if options.tiny else "study/search.yaml")
+    runs = (options.runs or HERE / "runs" / ("study-tiny" if options.tiny else "study")).resolve()
+    out = options.out or (runs / "results" if options.tiny else HERE / "rounds" / "results" / results_name())
+    out.mkdir(parents=True, exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    study = Study(str(config.relative_to(HERE)), settings, options.seed, runs, out.resolve(), options.tiny)
+    for name in wanted:
+        QUESTIONS[name](study)
+    print(f"results: {out}")
+
+
+def results_name() -> str:
+    """<date>-<machine>: the folder of an earlier day where this machine has one, so that a study is in one place."""
+    name = f"{machine()}-{os.cpu_count()}cores"
+    earlier = sorted((HERE / "rounds" / "results").glob(f"*-{name}"))
+    return earlier[-1].name if earlier else f"{date.today().isoformat()}-{name}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"study: {error}")

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Does it make the model better? Six questions, each answered by a table with intervals and generated tokens.
+#
+#   bash rounds/study.sh [--tiny] [--seed N] [--out FOLDER] [QUESTION ...] [key=value ...]
+#
+#   1   four rounds of search against plain expert iteration at equal tokens, from one base
+#   2   the last policy under the PPM of each round
+#   3   greedy, majority, best-of-n, beam and MCTS by PPM, PQM or ORM, at equal tokens
+#   4   where the gain comes from: which solutions are trained on, failed steps dropped or kept, the UCT rule
+#   5   more trajectories
+#
+# Without a question: all of them, in this order; 2 to 5 go on from the models of 1. What is finished is not run again.
+# Runs live in runs/study/; tables, JSON and the settings go to rounds/results/<date>-<machine>/ and can be committed.
+#
+#   --tiny    on a toy model, in minutes: shows that the script works, and nothing else
+#   --seed N  other problems, another training order (default 0)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+. rounds/environment.sh
+
+make_environment .venv quickstart
+exec .venv/bin/python rounds/study.py "$@"

@@ -1,0 +1,115 @@
+"""rounds/study.sh: the rival's budget, the table of question 1, and the commands of the others; `rstar` is played."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rounds import study
+from rstar.rounds import RoundDir, RunDir
+from rstar.store import write_json
+
+PROBLEMS, SEARCH_TOKENS, HELDOUT = 20, (0, 30_000, 20_000), [f"sums/heldout/{i}" for i in range(6)]
+RIGHT = {"search": (2, 4, 6), "expert": (2, 3, 5)}  # of the greedy answers, by round
+
+
+def finish(here: RoundDir, name: str, **counts: object) -> None:
+    here.finish(name, settings={}, inputs={}, outputs=[], counts=counts, seconds=1.0)
+
+
+def evaluated(here: RoundDir, right: int) -> None:
+    records = [
+        {"problem_id": name, "candidates": [{"answer": "1", "correct": i < right}]} for i, name in enumerate(HELDOUT)
+    ]
+    write_json(here.eval_json, {"methods": {"greedy": {"records": records}}})
+    finish(here, "eval", greedy={"tokens": 240, "problems": len(HELDOUT)})  # 40 tokens a solution
+
+
+def searched(here: RoundDir, samples: int, tokens: int) -> None:
+    solved = {"all": [10 + here.number, PROBLEMS]}
+    finish(here, "search", problems=PROBLEMS, tokens=tokens, rollouts=samples * PROBLEMS, solved_by_level=solved)
+    finish(here, "extract", sft_rows=30)
+
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[study.Study, list[list[str]]]:
+    """A study of two rounds whose commands are noted; runs leave the records that real ones would."""
+    said: list[list[str]] = []
+
+    def rstar(*arguments: str | Path) -> None:
+        words = [str(word) for word in arguments]
+        said.append(words)
+        settings = dict(word.split("=", 1) for word in words if re.match(r"[a-z_0-9.]+=", word))
+        if words[0] == "evolve":
+            for number, tokens in enumerate(SEARCH_TOKENS):
+                here = RunDir(Path(settings["run.dir"])).round(number)
+                here.path.mkdir(parents=True, exist_ok=True)
+                if number:
+                    searched(here, 4, tokens)
+                evaluated(here, RIGHT["search"][number])
+        if words[0] == "round" and words[1] != "0":
+            here = RunDir(Path(settings["run.dir"])).round(int(words[1]))
+            here.path.mkdir(parents=True, exist_ok=True)
+            samples = int(settings.get(f"rounds.r{words[1]}.search.rollouts", 4))
+            searched(here, samples, 30 * samples * PROBLEMS)  # cheaper than greedy solutions of the base
+            evaluated(here, RIGHT["expert"][here.number])
+        if words[0] == "eval":
+            out = Path(words[words.index("--out") + 1])
+            out.mkdir(parents=True, exist_ok=True)
+            for name in ("results.json", "results.md", "accuracy_vs_tokens.svg"):
+                (out / name).write_text(" ".join(words))
+
+    monkeypatch.setattr(study, "rstar", rstar)
+    (tmp_path / "out").mkdir()
+    settings = ("run.rounds=2",)
+    return study.Study("configs/rstar_math/tiny.yaml", settings, 3, tmp_path / "runs", tmp_path / "out", True), said
+
+
+def test_rival_generates_what_the_search_did_and_shares_its_warm_up(
+    played: tuple[study.Study, list[list[str]]],
+) -> None:
+    one, said = played
+    study.question_1(one)
+    assert [words[:2] for words in said] == [
+        ["evolve", one.config], ["round", "1"], ["round", "2"],
+    ]  # fmt: skip
+    # 30,000 tokens at 40 each for 20 problems are 37.5 samples; they cost 30 in truth, so the second round has more
+    assert "rounds.r1.search.rollouts=38" in said[1] and "rounds.r2.search.rollouts=45" in said[2]
+    assert all("ppm.epochs=0" in words and "rounds.r2.search.use_ppm=false" in words for words in said[1:])
+    assert all({"run.seed=3", "problems.seed=4"} <= set(words) for words in said)
+    found = json.loads((one.out / "1-seed3.json").read_text())
+    spent = [sum(row[name]["tokens"] for row in found["rounds"][1:]) for name in ("search", "expert")]
+    assert spent[0] == 50_000 and abs(spent[1] / spent[0] - 1) < 0.01
+
+
+def test_table_of_question_1_has_intervals_paired_tests_and_families(
+    played: tuple[study.Study, list[list[str]]],
+) -> None:
+    one, _ = played
+    study.question_1(one)
+    text = (one.out / "1-seed3.md").read_text()
+    assert re.search(r"^\| 2 \| 60\.0 \| 20,000 \| 30 \| 100\.0 \[.* \| - \| 45 \| 60\.0 \|", text, flags=re.MULTILINE)
+    assert "search, round 2 against row 0: 66.7 [" in text and "4 problems won, 0 lost, McNemar p = 0.12" in text
+    assert "search against expert iteration, round 2: 16.7 [" in text
+    assert "| sums | 2 | 6 | 5 |" in text
+
+
+def test_other_questions_compare_models_of_the_runs_and_keep_their_tables(
+    played: tuple[study.Study, list[list[str]]],
+) -> None:
+    one, said = played
+    for name in "2345":
+        study.QUESTIONS[name](one)
+    compared = [words for words in said if words[0] == "eval"]
+    assert len(compared) == 2 + 2 + 1 + 1 and all(words.count("--benchmarks") == 1 for words in compared)
+    arms = [Path(word).name for word in compared[4][1:] if "/arms-s3/" in word]
+    assert arms == ["base", "top-2-by-Q", "rejection-sampled", "failed-steps-kept", "official-UCT", "random-correct"]
+    trained = [words for words in said if words[0] == "train"]
+    assert [next(w for w in words if w.startswith(("ppm.loss", "extract"))) for words in trained] == [
+        "ppm.loss=bce", "ppm.loss=mse", "extract.sft_by=random",
+    ]  # fmt: skip
+    kept = {path.name for path in one.out.glob("*.md")}
+    assert kept == {f"{name}-seed3.md" for name in ("2-ppm1", "2-ppm2", "3", "3-pqm", "4", "5")}
