@@ -43,6 +43,9 @@ def run(arguments: Sequence[str]) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     options.command = shlex.join(["rstar", *arguments])
+    if options.print_completion:
+        print(completion(parser, options.print_completion))
+        return 0
     if not hasattr(options, "act"):
         parser.print_help()
         return 0
@@ -72,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=raw,
     )
+    parser.add_argument(
+        "--print-completion", choices=("bash", "zsh"), default="",
+        help='completion of a shell: eval "$(rstar --print-completion bash)" in ~/.bashrc',
+    )  # fmt: skip
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def with_config(sub: argparse.ArgumentParser) -> None:
@@ -190,19 +197,23 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run's folder")
     report.add_argument("--trees", nargs="+", default=(), metavar="ID", help="show these trees or problems too")
     report.add_argument("--unsolved", type=int, default=20, metavar="N", help="list so many unsolved (default 20)")
+    begin = command(
+        "init", commands.init, "write a commented config for own problems and an own model, and three sample problems",
+        "rstar init mine", config=False,
+    )  # fmt: skip
+    begin.add_argument("folder", help="a new folder")
     command(
         "config",
         commands.config,
         "print the resolved settings",
         "rstar config configs/rstar_math/quickstart.yaml search.c=1",
     )
-    command(
-        "doctor",
-        commands.doctor,
-        "check this machine: versions, cores, memory, sandbox, model packages",
-        "rstar doctor",
-        config=False,
-    )
+    examined = command(
+        "doctor", commands.doctor, "check this machine, and a config's problems, model and tokenizer",
+        "rstar doctor\n  rstar doctor mine/config.yaml model.base=path/to/model", config=False,
+    )  # fmt: skip
+    examined.add_argument("config", nargs="?", default="", help="a YAML file")
+    examined.add_argument("overrides", nargs="*", default=[], help="key=value settings", metavar="key=value")
     stage = subparsers.add_parser("stage")  # what `evolve` starts for each stage; holds no lock of its own
     stage.add_argument("number", type=int)
     stage.add_argument("stage")
@@ -210,6 +221,17 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("overrides", nargs="*", default=[])
     stage.set_defaults(act=commands.one_stage)
     return parser
+
+
+def completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The script that completes commands, options and file names in `shell`."""
+    import shtab
+
+    for sub in next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices.values():
+        for action in sub._actions:
+            if action.nargs != 0 and action.type is None and action.choices is None:
+                action.complete = shtab.FILE
+    return str(shtab.complete(parser, shell))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

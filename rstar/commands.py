@@ -225,6 +225,16 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def init(options: argparse.Namespace) -> int:
+    from rstar.init import write_project
+
+    config, problems = write_project(Path(options.folder))
+    print(f"{problems}: three problems; put yours there")
+    print(f"{config}: all settings with their meaning; put your model there, then:")
+    print(shlex.join(["rstar", "evolve", str(config), "--dry-run"]))
+    return 0
+
+
 def config(options: argparse.Namespace) -> int:
     from rstar.config import to_yaml
 

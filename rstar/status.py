@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,19 @@ def status(path: Path) -> Status:
     kept = _read(path / "progress.json")
     begun = (kept.get("round"), kept.get("stage"))
     planned = [(number, name) for number, name in driver.get("stages", [])]
-    stages = list(_stages(run, planned, begun))
     holder, state = _holder(path)
+    stages = list(_stages(run, planned, begun))
+    waiting = [one for one in stages if one.state == "to do"]
+    if holder and waiting and all(one.state != "now" for one in stages):  # the next one is being loaded
+        stages[stages.index(waiting[0])] = replace(waiting[0], state="now")
     if not holder and planned and all(one.state == "done" for one in stages):
         state = "finished"
     now = next((one for one in stages if one.state == "now"), None)
-    eta = kept["eta_seconds"] if now is not None and state in ("running", "held") else None
+    current = kept if now is not None and begun == (now.round, now.stage) else None
+    eta = current["eta_seconds"] if current is not None and holder else None
     return Status(
         run=str(path), state=state, holder=holder, stages=tuple(stages),
-        progress=kept if now is not None else None,
+        progress=current,
         trees=_trees(run.round(now.round)) if now is not None else None,
         eta_seconds=eta, rest_seconds=_rest(stages, eta), command=driver.get("command", ""),
     )  # fmt: skip
@@ -75,7 +79,9 @@ def status_text(found: Status) -> str:
         lines.append(f"round {number}   " + ", ".join(_stage_text(one) for one in stages))
     if found.progress is not None:
         ago = duration(max(0.0, time.time() - found.progress["updated"]))
-        lines += ["", f"{line(found.progress)}  ({ago} ago)", f"{found.trees:,} finished trees of this round on disk"]
+        lines += ["", f"{line(found.progress)}  ({ago} ago)"]
+    if found.trees:
+        lines.append(f"{found.trees:,} finished trees of this round on disk")
     if found.rest_seconds:
         lines.append(f"about {duration(found.rest_seconds)} left in all, if stages take as long as a round before")
     if found.state == "idle" and found.command:

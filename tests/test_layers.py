@@ -18,8 +18,8 @@ LAYERS = {
     "search": 4, "extract": 4, "training": 4,
     "evaluation": 5, "rounds": 5,
     "cluster": 6, "stopping": 6, "report": 6,
-    "recipes": 7, "doctor": 7, "status": 7,
-    "comparison": 8,
+    "recipes": 7, "status": 7, "init": 7,
+    "comparison": 8, "doctor": 8,
     "commands": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 ONLY_IN = {

@@ -34,7 +34,7 @@ def summary(problem: int, *, solved: bool, level: str = "1", test_time: bool = F
     return ProblemSummary(
         pass_index=0, problem_id=f"p{problem}", level=level, solved=solved, test_time=test_time, trees=1, rollouts=8,
         tokens=1000, engine_calls=4, seconds=1.0, outcomes={"live": 6, "answer": 3, "code_error": 1},
-        worker=f"w{problem % 2}", busy=0.4 + 0.2 * (problem % 2),
+        worker=f"w{problem % 2}", up=10.0 + problem, busy=0.4 + 0.2 * (problem % 2),
     )  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def test_search_progress_says_all_that_a_person_waits_for() -> None:
     assert state["figures"]["solved"] == {"1": [2, 2], "2": [0, 1], "all": [2, 3]}
     assert state["figures"]["outcomes"] == {"live": 18, "answer": 9, "code_error": 3}
     assert (state["done"], state["figures"]["rollouts"], state["figures"]["tokens"]) == (5, 24, 3000)
-    assert state["eta_seconds"] == pytest.approx(state["seconds"] / 3, abs=0.1)  # one is left
+    assert state["eta_seconds"] == pytest.approx(12 / 3, abs=0.5)  # one is left; the first worker is up for 12 s
+    assert state["figures"]["tokens_per_second"] == pytest.approx(3000 / 12, rel=0.1)
     first, last = stream.getvalue().splitlines()
     assert first == "round 2 search: 6 problems, 2 already done"
     for words in (

@@ -14,7 +14,7 @@ class Busy:
 
     def __init__(self) -> None:
         self._begun = self._since = time.monotonic()
-        self._seconds = 0.0
+        self._busy = 0.0
         self._calls = 0
 
     def __enter__(self) -> None:
@@ -25,13 +25,18 @@ class Busy:
     def __exit__(self, *_: object) -> None:
         self._calls -= 1
         if not self._calls:
-            self._seconds += time.monotonic() - self._since
+            self._busy += time.monotonic() - self._since
+
+    @property
+    def seconds(self) -> float:
+        """Since this was made."""
+        return time.monotonic() - self._begun
 
     @property
     def share(self) -> float:
-        """Of the time since this was made, in [0, 1]."""
-        now = time.monotonic()
-        return (self._seconds + (now - self._since if self._calls else 0.0)) / max(now - self._begun, 1e-9)
+        """Of those seconds, in [0, 1]."""
+        inside = time.monotonic() - self._since if self._calls else 0.0
+        return (self._busy + inside) / max(self.seconds, 1e-9)
 
 
 class WatchedPolicy:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 KEPT_SECONDS = 1.0  # between states in the file
 REDRAWS = 2  # a second
+FEW = 10  # problems or steps, before which no end is foretold
 
 _kept: tuple[Path, dict[str, Any]] | None = None
 
@@ -70,7 +72,8 @@ class Progress:
         """title, done, total, already, seconds, eta_seconds (None: not known) and figures; plain JSON."""
         since, before = self._mark or (self.begun, self.already)
         new, left = self.done - before, self.total - self.done
-        eta = (time.monotonic() - since) * left / new if new and left > 0 else None
+        few = new < min(FEW, (self.total - before) / 10)  # the first of those that were begun together say nothing
+        eta = (time.monotonic() - since) * left / new if new and left > 0 and not few else None
         return {
             "title": self.title, "done": self.done, "total": self.total, "already": self.already,
             "seconds": round(self.seconds, 2), "eta_seconds": eta and round(eta, 1), "figures": self.figures,
@@ -128,7 +131,8 @@ class Progress:
 
 
 class SearchProgress(Progress):
-    """Called with each finished problem. Its figures are those of the problems finished since this start."""
+    """Called with each finished problem. Its figures are those of the problems finished since this start, its rates
+    those since a worker was ready: loading a model counts for neither."""
 
     def __init__(self, title: str, *, total: int, already: int, stream: TextIO | None = None) -> None:
         super().__init__(title, total=total, already=already, stream=stream)
@@ -138,6 +142,7 @@ class SearchProgress(Progress):
         self.busy: dict[str, float] = {}  # by worker, the latest
 
     def __call__(self, summary: ProblemSummary) -> None:
+        self._mark = min(self._mark or (inf, self.already), (time.monotonic() - summary.up, self.already))
         self.sums.update(rollouts=summary.rollouts, tokens=summary.tokens)
         self.outcomes.update(summary.outcomes)
         self.busy[summary.worker] = summary.busy
@@ -149,7 +154,7 @@ class SearchProgress(Progress):
             self.done + 1,
             **{"answered" if summary.test_time else "solved": dict(sorted(self.levels.items()))},
             **self.sums,
-            tokens_per_second=round(self.sums["tokens"] / max(self.seconds, 1e-9), 1),
+            tokens_per_second=round(self.sums["tokens"] / max(time.monotonic() - self._mark[0], 1e-9), 1),
             engine_busy=round(sum(self.busy.values()) / len(self.busy), 3),
             outcomes=dict(self.outcomes.most_common()),
         )

@@ -90,7 +90,8 @@ class ProblemSummary:
     executions: dict[str, int] = field(default_factory=dict)  # ExecutionStatus value -> steps that were run
     restarted: int = 0  # evaluations that the worker's sandbox has failed under since its summary before
     worker: str = ""
-    busy: float = 0.0  # share of the worker's time so far in which its engines had work, in [0, 1]
+    up: float = 0.0  # seconds since the worker was ready
+    busy: float = 0.0  # share of them in which its engines had work, in [0, 1]
 
 
 def tree_id(problem: Problem, seed: int) -> str:
@@ -198,7 +199,7 @@ class SearchWorker:
         summary = summarise(item, trees, test_time=one.test_time or scored_again)
         failed, known = self.sandbox.counts.infrastructure_failures, self._known_failures
         self._known_failures = failed
-        return replace(summary, busy=self._busy.share, restarted=failed - known)
+        return replace(summary, up=self._busy.seconds, busy=self._busy.share, restarted=failed - known)
 
     async def trees(self, item: WorkItem) -> list[Tree]:
         """As search_problem, but the trees themselves."""
