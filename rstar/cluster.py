@@ -95,13 +95,10 @@ def search_all(
     """
     inline = section.address == "inline"
     leases = Leases(items, workers=1 if inline else section.workers, in_flight=in_flight(job))
-    failures = Failures(job.passes[0].folder, section.max_failure_rate, on_done)
     if not leases.finished.is_set():
-        if inline:
-            work = _search(leases, section, failures, lambda name: LeasedWorker(make_worker(job, name)))
-        else:
-            work = _search(leases, section, failures, _remote_workers(job, section, make_worker))
-        asyncio.run(work)
+        failures = Failures(job.passes[0].folder, section.max_failure_rate, on_done)
+        workers = (_workers if inline else _remote_workers)(job, section, make_worker)
+        asyncio.run(_search(leases, section, failures, workers))
     for one in job.passes:
         for path in shards(one.folder):  # a worker that died has not synced its last second
             sync_path(path)
@@ -296,6 +293,10 @@ async def _started(worker: Worker, leases: Leases) -> bool:
     finally:
         start.cancel()
         finished.cancel()
+
+
+def _workers(job: SearchJob, section: ClusterSection, make_worker: Make) -> Callable[[str], Worker]:
+    return lambda name: LeasedWorker(make_worker(job, name))
 
 
 def _remote_workers(job: SearchJob, section: ClusterSection, make_worker: Make) -> Callable[[str], Worker]:

@@ -42,7 +42,7 @@ class ClusterSection:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     max_failures: int = 3  # workers that may die over the same problem before the stage stops
-    max_failure_rate: float = 0.25  # share of steps that may time out, or be lost to the infrastructure, before it stops
+    max_failure_rate: float = 0.25  # share of steps that may time out, or be lost with a worker, before it stops
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,9 @@ class TreeWriter:
         )
         data = memoryview(_HEAD.pack(_MAGIC, len(payload)) + payload + frame)
         whole = os.fstat(self._fd).st_size
-        reached("appending", self.path)
         try:
             with room_for(self.path):
+                reached("appending", self.path)
                 while data:
                     data = data[os.write(self._fd, data) :]
         except BaseException:  # a full disk: the next frame must not come behind half a one
