@@ -279,8 +279,8 @@ def test_the_sample_keeps_to_its_size_and_takes_from_every_round(run: Path) -> N
     looks, trouble = look(run, [1, 2])
     assert not trouble
     few = sample_trees(run, looks, per_round=1)
-    assert sorted(e["round"] for e in few.entries) == [1, 2] and few.left_out == 0
-    assert any(e["new"] for e in few.entries)  # what a round newly solved comes first
+    assert [(e["round"], e["problem"]) for e in few.entries] == [(1, "p-2"), (2, "p-2")] and few.left_out == 0
+    assert [e["new"] for e in few.entries] == [False, True]  # what a round newly solved, and how it was before
     small = sample_trees(run, looks, per_round=3, max_bytes=10)
     assert len(small.trees) == 1 and small.left_out == 5
     assert "5 trees are left out" in page(results(run), looks, small)

@@ -51,26 +51,30 @@ def page(found: Results, looks: Sequence[Look], sample: Sample, trouble: Sequenc
     script, style = _asset("report.js"), _asset("report.css")
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     body = [
-        _section(
+        (
             "results",
             "Results",
             sections.table_html(main_table(found)) + sections.curves(found) + sections.recorded(found),
         ),
-        _section("heldout", "Held-out set", sections.heldout(found)),
-        _section("problems", "Problems", searched.problems(looks, sample)),
-        _section("trees", "Search trees", _viewer(sample, trouble)),
-        _section("search", "Search", searched.search(found, looks)),
-        _section("training", "Training", sections.training(found)),
-        _section("cost", "Tokens and time", sections.cost(found)),
-        _section("settings", "Settings", sections.settings(found)),
+        ("heldout", "Held-out set", sections.heldout(found)),
+        ("problems", "Problems", searched.problems(looks, sample)),
+        ("trees", "Search trees", _viewer(sample, trouble)),
+        ("search", "Search", searched.search(found, looks)),
+        ("training", "Training", sections.training(found)),
+        ("cost", "Tokens and time", sections.cost(found)),
+        ("settings", "Settings", sections.settings(found)),
     ]
+    body = [part for part in body if part[2]]
+    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in body)
     fields = {
         "POLICY": f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{sha}'",
         "TITLE": escape(f"{_name(found)} - rstar report"),
         "STYLE": style,
-        "HEADER": _header(found),
-        "BODY": "\n".join(section for section in body if section),
+        "HEADER": f"{_header(found)}<nav>{links}</nav>",
+        "BODY": "\n".join(
+            f'<section id="{name}"><h2>{escape(title)}</h2>\n{text}\n</section>' for name, title, text in body
+        ),
         "DATA": _data(sample),
         "SCRIPT": script,
     }
@@ -99,10 +103,6 @@ def _data(sample: Sample) -> str:
 
 
 # -- parts of the page -------------------------------------------------------------------------------------------------
-
-
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{escape(title)}</h2>\n{body}\n</section>' if body else ""
 
 
 def _name(found: Results) -> str:

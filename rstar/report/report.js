@@ -1,6 +1,7 @@
 "use strict";
 // Text of models reaches the page through textContent alone. Children of a step are drawn when it is opened.
 const CHUNK = 100; // children drawn at once
+const LARGE = 500; // steps from which on those off the screen are not laid out
 const LANE = 9; // pixels between the rails of two preference pairs
 const place = (entry) => `#tree=${entry.round}/${encodeURIComponent(entry.id)}`;
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -20,7 +21,7 @@ function shape(tag, attributes) {
   return made;
 }
 
-const signed = (value) => (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(2);
+const signed = (value) => (value <= -0.005 ? "\u2212" : "+") + Math.abs(value).toFixed(2);
 const WORDS = new Set(("and as assert break class continue def del elif else except False finally for from global if import in is " +
   "lambda None not or pass raise return True try while with yield print").split(" "));
 const TOKEN = /(#[^\n]*)|("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\b(\d+(?:\.\d+)?)\b|\b([A-Za-z_]\w*)\b/g;
@@ -54,6 +55,7 @@ class TreeView {
     }
     this.sizes = new ResizeObserver((changed) => { for (const { target } of changed) this.drawPairs(target); });
     this.list = el("ul", { class: "nodes", "aria-label": "search tree" });
+    into.classList.toggle("large", tree.nodes.length > LARGE);
     into.replaceChildren(...this.about(entry, others), this.list);
     this.fill(this.list, 0);
     this.openBest();
@@ -257,7 +259,8 @@ function viewer(root) {
     const others = entries.filter((entry) => entry.problem === entries[i].problem);
     window.treeView?.sizes.disconnect();
     window.treeView = new TreeView(entries[i], read(`data-${i}`), document.getElementById("tree"), others);
-    if (!keep) history.replaceState(null, "", place(entries[i]));
+    if (keep) list.scrollTop = buttons[i].offsetTop - list.clientHeight / 2;
+    else history.replaceState(null, "", place(entries[i]));
   }
 
   function filter() {
@@ -283,8 +286,9 @@ function viewer(root) {
   addEventListener("hashchange", follow);
   root.hidden = false;
   filter();
-  const telling = ["asked", "new", "solved"].map((name) => entries.findIndex((entry) => entry[name])).find((i) => i >= 0);
-  if (!follow()) select(telling ?? 0, true);
+  const seen = (entry) => entries.filter((other) => other.problem === entry.problem).length; // rounds to follow it through
+  const telling = ["asked", "new", "solved"].map((name) => entries.filter((entry) => entry[name]).sort((a, b) => seen(b) - seen(a))[0]).find(Boolean);
+  if (!follow()) select(telling ? entries.indexOf(telling) : 0, true);
 }
 
 const root = document.getElementById("viewer");

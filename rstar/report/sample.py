@@ -45,9 +45,9 @@ def sample_trees(
 ) -> Sample:
     """Choose about `per_round` trees of each round, a third newly solved, a third unsolved, and pack them.
 
-    The choice depends on what is in the trees and on the ids, and prefers problems that another round shows, so that
-    one problem can be followed from round to round. The trees of all rounds that `ids` name, problems' or trees' own,
-    come first. Raises UserError for an unknown one.
+    The choice depends on what is in the trees and on the ids. It prefers what a later round has newly solved, then what
+    it shows, so that one problem can be followed from round to round. The trees of all rounds that `ids` name, by their
+    problem or their own, come first. Raises UserError for an unknown one.
     """
     newly = {(found.number, problem) for found in looks for problem in found.newly}
     asked = [
@@ -55,11 +55,11 @@ def sample_trees(
         for name in ids
         for number, ref in find_refs(run, name)
     ]
-    picked: set[str] = set()
+    picked: dict[str, int] = {}  # problem -> 2 where a later round has newly solved it, 1 where one shows it
     chosen: list[list[Shown]] = []
-    for found in looks:
+    for found in reversed(looks):
         shown = _choose(found, per_round, picked)
-        picked.update(shown)
+        picked |= {problem: 2 if problem in found.newly else max(1, picked.get(problem, 1)) for problem in shown}
         chosen.append(
             [Shown(found.number, problem in found.newly, _telling(found.problems[problem])) for problem in shown]
         )
@@ -86,9 +86,9 @@ def sample_trees(
     return Sample(tuple(entries[i] for i in order), tuple(trees[i] for i in order), left_out)
 
 
-def _choose(found: Look, n: int, picked: set[str]) -> list[str]:
-    def liked(problem: str) -> tuple[bool, bool, bytes]:
-        return problem not in picked, not any(tree.mixed for tree in found.problems[problem]), shuffled(problem)
+def _choose(found: Look, n: int, picked: Mapping[str, int]) -> list[str]:
+    def liked(problem: str) -> tuple[int, bool, bytes]:
+        return -picked.get(problem, 0), not any(tree.mixed for tree in found.problems[problem]), shuffled(problem)
 
     def odd(problem: str) -> float:
         return max(tree.disagreement for tree in found.problems[problem])
