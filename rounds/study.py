@@ -180,7 +180,7 @@ def round_row(search: RunDir, expert: RunDir, number: int) -> dict[str, Any]:
     for name, run in (("search", search), ("expert", expert)):
         row[name] = {"greedy": asdict(bootstrap(list(greedy(run, number).values())))}
         guided = json.loads(run.round(number).eval_json.read_text(encoding="utf-8"))["methods"].get("mcts")
-        row[name]["guided"] = guided["measures"]["top_score"] if guided else None
+        row[name]["guided"] = guided["measures"]["accuracy"] if guided else None
         records = {stage: run.round(number).record(stage) for stage in ("search", "extract")}
         if number and records["search"] and records["extract"]:
             found, taken = records["search"].counts, records["extract"].counts

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from rounds import study
+from rstar.evaluation import Candidate, EvalRecord, measures
 from rstar.rounds import RoundDir, RunDir
 from rstar.store import write_json
 
@@ -20,11 +22,15 @@ def finish(here: RoundDir, name: str, **counts: object) -> None:
     here.finish(name, settings={}, inputs={}, outputs=[], counts=counts, seconds=1.0)
 
 
-def evaluated(here: RoundDir, right: int) -> None:
+def evaluated(here: RoundDir, right: int, *, guided: bool = False) -> None:
     records = [
-        {"problem_id": name, "candidates": [{"answer": "1", "correct": i < right}]} for i, name in enumerate(HELDOUT)
+        EvalRecord(name, "1", "", (Candidate("1", None, 1, i < right),), 1, 40, 3, 1.0)
+        for i, name in enumerate(HELDOUT)
     ]
-    write_json(here.eval_json, {"methods": {"greedy": {"records": records}}})
+    methods: dict[str, object] = {"greedy": {"records": [asdict(record) for record in records]}}
+    if guided:
+        methods["mcts"] = {"measures": {k: asdict(v) for k, v in measures("mcts", records).items()}}
+    write_json(here.eval_json, {"methods": methods})
     finish(here, "eval", greedy={"tokens": 240, "problems": len(HELDOUT)})  # 40 tokens a solution
 
 
@@ -49,7 +55,7 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[study.Study
                 here.path.mkdir(parents=True, exist_ok=True)
                 if number:
                     searched(here, 4, tokens)
-                evaluated(here, RIGHT["search"][number])
+                evaluated(here, RIGHT["search"][number], guided=number > 0)
         if words[0] == "round" and words[1] != "0":
             here = RunDir(Path(settings["run.dir"])).round(int(words[1]))
             here.path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +97,9 @@ def test_table_of_question_1_has_intervals_paired_tests_and_families(
     one, _ = played
     study.question_1(one)
     text = (one.out / "1-seed3.md").read_text()
-    assert re.search(r"^\| 2 \| 60\.0 \| 20,000 \| 30 \| 100\.0 \[.* \| - \| 45 \| 60\.0 \|", text, flags=re.MULTILINE)
+    assert re.search(
+        r"^\| 2 \| 60\.0 \| 20,000 \| 30 \| 100\.0 \[.* \| 100\.0 \[.*\| 45 \| 60\.0 \|", text, flags=re.MULTILINE
+    )
     assert "search, round 2 against row 0: 66.7 [" in text and "4 problems won, 0 lost, McNemar p = 0.12" in text
     assert "search against expert iteration, round 2: 16.7 [" in text
     assert "| sums | 2 | 6 | 5 |" in text
