@@ -307,14 +307,20 @@ def training_table(results: Results) -> Table:
 
     scorer = "verifier" if results.verified else "PPM"
     rows = [figures(one) for one in results.rounds if one.sft_rows is not None or one.policy or one.ppm]
-    notes = (
-        "loss: first step → mean of the last epoch",
+    pairs = (
         f"right, ECE, number: held-out pairs that the {scorer} ranks rightly, expected calibration error of its "
-        "confidence, and how many they are; (training): none were held out",
+        "confidence, and how many they are; (training): none were held out"
     )
     groups = ("", "policy", "policy", scorer, scorer, "held-out pairs", "held-out pairs", "held-out pairs")
     heads = ("round", "SFT rows", "loss", "pairs", "loss", "right, %", "ECE, %", "number")
-    return Table("", groups, heads, tuple(rows), notes)
+    kept = [i for i in range(len(heads)) if i < 3 or any(row[i] != NONE for row in rows)]
+    return Table(
+        "",
+        tuple(groups[i] for i in kept),
+        tuple(heads[i] for i in kept),
+        tuple(tuple(row[i] for i in kept) for row in rows),
+        ("loss: first step → mean of the last epoch", *([pairs] if len(heads) - 1 in kept else [])),
+    )
 
 
 def verifier_table(results: Results) -> Table:

@@ -70,7 +70,7 @@ def curves(found: Results) -> str:
             [
                 line_chart(
                     "Training problems solved by search, %",
-                    [solved(level) for level in found.levels],
+                    [solved(level) for level in found.levels if level != NONE],
                     [t for t in ticks if t[0] > 0],
                     x_name="round",
                 ),
@@ -163,6 +163,8 @@ def accuracy_against_tokens(found: Results) -> str:
     }
     series = []
     for method, one in read_json(path)["methods"].items():
+        if method not in choices:
+            continue
         candidates = [tuple(Candidate(**c) for c in row.pop("candidates")) for row in one.get("records", ())]
         records = [EvalRecord(candidates=c, **row) for c, row in zip(candidates, one.get("records", ()), strict=True)]
         n = max((record.samples for record in records), default=0)
@@ -170,7 +172,7 @@ def accuracy_against_tokens(found: Results) -> str:
         if not cost:
             continue
         sizes = sorted({n, *(4**e for e in range(n.bit_length()) if 4**e < n)})
-        for name, pick in choices.get(method, {}).items():
+        for name, pick in choices[method].items():
             if name == "majority" and n == 1:
                 continue
             measured = [(k, bootstrap([chosen_share(record, k, pick) for record in records])) for k in sizes]
