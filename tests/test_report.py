@@ -259,9 +259,9 @@ def test_a_page_is_written_after_every_stage(tmp_path: Path) -> None:
     assert "No warm-up" in write_report(run.path).read_text()
     one.path.mkdir()
     with TreeWriter(one.trees / "trees-a.jsonl.zst") as writer:  # a search that is under way
-        writer.append(small_tree("p", solved=True))
+        writer.append(small_tree("p", solved=False))
     text = write_report(run.path).read_text()
-    assert "round 1 begun" in text and '"problem":"p"' in text
+    assert "round 1 begun" in text and '"problem":"p"' in text and "unsolved in round" not in text
     assert _cells(results_table(results(run.path)), "1 ")[1:] == ["-"] * 5 + ["-"]
 
 

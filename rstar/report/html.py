@@ -57,7 +57,7 @@ def page(found: Results, looks: Sequence[Look], sample: Sample, trouble: Sequenc
             sections.table_html(main_table(found)) + sections.curves(found) + sections.recorded(found),
         ),
         ("heldout", "Held-out set", sections.heldout(found)),
-        ("problems", "Problems", searched.problems(looks, sample)),
+        ("problems", "Problems", searched.problems(found, looks, sample)),
         ("trees", "Search trees", _viewer(sample, trouble)),
         ("search", "Search", searched.search(found, looks)),
         ("training", "Training", sections.training(found)),

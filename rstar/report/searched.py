@@ -90,8 +90,9 @@ def _shares(found: Look, counts: Mapping[int, int], places: Sequence[float]) -> 
     return Series(f"round {found.number}", tuple(points))
 
 
-def problems(looks: Sequence[Look], sample: Sample) -> str:
-    """Examples newly solved in each round, and the unsolved ones of the last with what they were answered."""
+def problems(found: Results, looks: Sequence[Look], sample: Sample) -> str:
+    """Examples newly solved in each round, and the unsolved ones of the last finished search with their answers."""
+    searched = {one.number for one in found.rounds if one.stages}
     shown = {(entry["round"], entry["problem"]): entry for entry in sample.entries}
 
     def link(number: int, problem: str) -> str:
@@ -99,17 +100,17 @@ def problems(looks: Sequence[Look], sample: Sample) -> str:
         ident = quote(str(entry["id"]), safe="!'()*") if entry else ""  # as encodeURIComponent does
         return f"#tree={number}/{ident}" if entry else ""
 
-    part = " among those looked at" if any(len(found.problems) < found.total for found in looks) else ""
+    part = " among those looked at" if any(len(one.problems) < one.total for one in looks) else ""
     parts, rows, links = [], [], []
-    for found in looks:
-        newly = sorted(found.newly, key=lambda problem: not link(found.number, problem))  # those with a tree here first
-        rows += [(problem, str(found.number), _short(found.newly[problem])) for problem in newly[:EXAMPLES]]
-        links += [link(found.number, problem) for problem in newly[:EXAMPLES]]
+    for one in looks:
+        newly = sorted(one.newly, key=lambda problem: not link(one.number, problem))  # those with a tree here first
+        rows += [(problem, str(one.number), _short(one.newly[problem])) for problem in newly[:EXAMPLES]]
+        links += [link(one.number, problem) for problem in newly[:EXAMPLES]]
     if rows:
-        counts = "; ".join(f"{count(len(found.newly))} in round {found.number}" for found in looks if found.newly)
+        counts = "; ".join(f"{count(len(one.newly))} in round {one.number}" for one in looks if one.newly)
         table = Table(f"newly solved{part}: {counts}", ("",) * 3, ("problem", "round", "question"), tuple(rows))
         parts.append(table_html(table, links=links, words=True))
-    last = looks[-1] if looks else None
+    last = next((one for one in reversed(looks) if one.number in searched), None)
     if last and last.unsolved:
         first = last.unsolved[:UNSOLVED]
         notes = [
