@@ -128,7 +128,7 @@ class Study:
             shutil.copy(made / file, self.out / f"{name}-seed{self.seed}{Path(file).suffix}")
 
     def some(self, problems: int) -> list[str]:
-        return [f"eval.problems={4 if self.tiny else problems}"]
+        return ["--limit", str(4 if self.tiny else problems)]
 
 
 # -- the questions -----------------------------------------------------------------------------------------------------
