@@ -202,12 +202,12 @@ def test_text_and_lines_can_be_read_on_light_and_dark(chromium: Any, report: Pat
     here = Visit(chromium, report, color_scheme=scheme)
     text = ("front", "dim", "link", "good", "bad", "word", "string", "remark", "number")
     lines = [f"c{i}" for i in range(8)]
-    names = ["back", "panel", *text, *lines]
+    names = ["back", "panel", "mark", *text, *lines]
     style = "getComputedStyle(document.documentElement)"
     values = here.page.evaluate(f"(names) => names.map((name) => {style}.getPropertyValue(`--${{name}}`))", names)
     light = dict(zip(names, map(_luminance, values), strict=True))
     assert (light["back"] > 0.5) == (scheme == "light")
-    for name, back, least in [(n, b, 4.5) for n in text for b in names[:2]] + [(n, "back", 3.0) for n in lines]:
+    for name, back, least in [(n, b, 4.5) for n in text for b in names[:3]] + [(n, "back", 3.0) for n in lines]:
         low, high = sorted((light[name], light[back]))
         assert (high + 0.05) / (low + 0.05) >= least, f"{name} on {back}"
     here.page.close()
