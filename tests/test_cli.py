@@ -20,6 +20,7 @@ from rstar.doctor import Check, examine
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.sandbox.checks import Check as SandboxCheck
+from tests.report_run import make_run
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -163,3 +164,18 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path, capsys: pytes
     """
     out = subprocess.run([bash, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert out.stdout.splitlines() == ["status", "--dry-run", "mine.yaml", "policy ppm"]
+
+
+# -- looking at a run --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_shown_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "demo")
+    assert cli.run(["show", str(run)]) == 0
+    problem = capsys.readouterr().out.split()[0]
+    assert cli.run(["show", str(run), "--problem", problem, "--round", "1"]) == 0
+    assert f"{problem}#0" in (shown := capsys.readouterr().out) and "root" in shown
+    assert cli.run(["report", str(run), "--trees", problem]) == 0
+    said = capsys.readouterr().out
+    assert "held-out accuracy" in said and f"report: {run / 'report.html'}" in said
+    assert problem in (run / "report.html").read_text()
