@@ -125,6 +125,7 @@ def _hub() -> Check:
         return Check("hub", True, f"{endpoint} answers ({answer.code})")
     except OSError as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        os.environ["HF_HUB_OFFLINE"] = "1"  # else the check of a config's model tries it again for a minute
         return Check("hub", True, f"{endpoint} is not reachable ({reason}): {local}")
     return Check("hub", True, f"{endpoint} answers in {time.monotonic() - begun:.1f} s")
 

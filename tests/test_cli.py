@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import urllib.error
@@ -115,7 +116,8 @@ def test_a_hub_out_of_reach_is_no_failure(quick: None, monkeypatch: pytest.Monke
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    assert found()["hub"].ok and "no route" in found()["hub"].detail
+    hub = found()["hub"]
+    assert hub.ok and "no route" in hub.detail and os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_the_doctor_examines_a_config_s_problems_model_and_tokenizer(
