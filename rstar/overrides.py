@@ -60,8 +60,8 @@ def override_node(text: str) -> DictConfig:
 
 def merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = "") -> DictConfig:
     """`layer` over `base`. Raises UserError with the nearest key, or with what the key takes."""
-    _spell_out(layer, base)
     try:
+        _spell_out(layer, base)
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except ConfigKeyError as error:
         key = prefix + (error.full_key or str(error.key))
@@ -73,6 +73,11 @@ def merge(schema: type[Any], base: DictConfig, layer: DictConfig, prefix: str = 
         reason = str(error).splitlines()[0].removeprefix("Merge error: ")
         raise UserError(
             f"{prefix}{key}: {reason}", need=_expected(schema, key), how="see `rstar config FILE`"
+        ) from error
+    except TypeError as error:  # a mapping where a list is wanted, and the like
+        key = str(next(iter(layer)))
+        raise UserError(
+            f"{prefix}{key}: {error}", need=_expected(schema, key), how="see `rstar config FILE`"
         ) from error
 
 

@@ -25,7 +25,7 @@ STEP_TOKENS = (
 """What the delimiters look like in rendered text; each becomes one token where model.step_tokens is on."""
 SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
 
-_ANSWER_LINE = re.compile(r"\s*(?:####|A:)\s*(\S.*?)\s*$")
+_ANSWER_LINE = re.compile(r"\s*(?:####|A:)\s*(\S.*)")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9])")
 _BRACE = re.compile(r"[{}]")
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
@@ -88,8 +88,7 @@ def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
 
 def parse_solution(text: str) -> Step | Malformed:
     """Read a whole solution in words: its last line names the answer, as in GSM8K's data ("#### 72", "A: 72")."""
-    lines = text.strip().splitlines()
-    match = _ANSWER_LINE.match(lines[-1]) if lines else None
+    match = _ANSWER_LINE.match(text.strip().rpartition("\n")[2])
     if match is None:
         return Malformed("no answer in the last line")
     return Step(StepKind.ANSWER, text, answer=_THOUSANDS.sub("", match[1]))

@@ -21,6 +21,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -38,6 +39,7 @@ from rstar.tree import Tree
 from rstar.types import UserError
 
 _MAGIC = 0x184D2A57  # one of zstd's skippable-frame magics; decoders pass over it
+_MAGIC_BYTES = _MAGIC.to_bytes(4, "little")
 _HEAD = struct.Struct("<II")  # magic, size of the payload
 SYNC_SECONDS = 1.0  # one sync costs 3 ms on a local disk and more on shared storage, and the event loop stands still
 _PAYLOAD = struct.Struct("<QB")  # length of the tree's frame, 2 * revision + complete; the tree id follows
@@ -79,31 +81,37 @@ def scan(path: Path) -> Shard:
     with path.open("rb") as file:
         offset = 0
         while offset < size:
-            head = file.read(_HEAD.size)
-            if len(head) < _HEAD.size:
-                break
-            magic, payload_size = _HEAD.unpack(head)
-            if magic != _MAGIC or payload_size < _PAYLOAD.size:
+            found = _read_head(file, size - offset)
+            if found is None:
                 file.seek(offset)
-                if not file.read().strip(b"\0"):  # some file systems leave a block of NULs after a crash
+                tail = file.read()
+                torn = tail[:4] == _MAGIC_BYTES[: len(tail)] and not _whole_frames(tail)
+                if torn or not tail.strip(b"\0"):  # some file systems leave a block of NULs after a crash
                     break
                 raise UserError(
-                    f"{path} is damaged at frame {len(frames)} (byte {offset})",
-                    need="whole frames",
-                    how=_MEND,
+                    f"{path} is damaged at frame {len(frames)} (byte {offset})", need="whole frames", how=_MEND
                 )
-            payload = file.read(payload_size)
-            if len(payload) < payload_size:
-                break
-            length, state = _PAYLOAD.unpack_from(payload)
-            start = offset + _HEAD.size + payload_size
-            if start + length > size:
-                break
-            tree_id = payload[_PAYLOAD.size :].decode("utf-8", "surrogatepass")
+            start, length, state, tree_id = found
+            start += offset
             frames.append(FrameRef(path, len(frames), start, length, tree_id, state >> 1, bool(state & 1)))
             offset = start + length
             file.seek(offset)
     return Shard(tuple(frames), offset, size - offset)
+
+
+def _read_head(file: BinaryIO, room: int) -> tuple[int, int, int, str] | None:
+    """(bytes before the tree's frame, its length, its state, tree id) of what begins here; None if no frame that fits
+    into `room` does."""
+    head = file.read(_HEAD.size)
+    magic, size = _HEAD.unpack(head) if len(head) == _HEAD.size else (0, 0)
+    if magic != _MAGIC or not _PAYLOAD.size <= size <= room:
+        return None
+    payload = file.read(size)
+    length, state = _PAYLOAD.unpack_from(payload.ljust(_PAYLOAD.size, b"\0"))
+    with suppress(UnicodeDecodeError):
+        if len(head) + size + length <= room:
+            return len(head) + size, length, state, payload[_PAYLOAD.size :].decode("utf-8", "surrogatepass")
+    return None
 
 
 def read_frame(ref: FrameRef) -> Tree:
@@ -127,7 +135,7 @@ def _frame(ref: FrameRef) -> Iterator[bytes]:
         data = file.read(ref.length)
     try:
         yield data
-    except (zstandard.ZstdError, orjson.JSONDecodeError) as error:
+    except (zstandard.ZstdError, orjson.JSONDecodeError, MemoryError) as error:
         raise UserError(
             f"{ref.path} is damaged in frame {ref.number} (tree {ref.tree_id}): {error}", need="whole frames", how=_MEND
         ) from error
@@ -213,12 +221,7 @@ def read_trees(folder: Path, *, complete_only: bool = True) -> Iterator[Tree]:
 def repair(path: Path) -> int:
     """Take the damaged frames, a torn tail too, out of a shard; returns how many bytes those are."""
     data = path.read_bytes()
-    whole: list[bytes] = []
-    offset = 0
-    while (offset := data.find(_MAGIC.to_bytes(4, "little"), offset)) >= 0:
-        end = _frame_end(data, offset)
-        whole.append(data[offset:end])
-        offset = max(end, offset + 1)
+    whole = _whole_frames(data)
     lost = len(data) - sum(map(len, whole))
     if lost:
         with replacing(path) as file:
@@ -226,17 +229,27 @@ def repair(path: Path) -> int:
     return lost
 
 
-def _frame_end(data: bytes, offset: int) -> int:
-    """Where the frame that begins at `offset` ends; `offset` itself if none does, or a damaged one."""
-    start = offset + _HEAD.size
-    if start + _PAYLOAD.size > len(data):
-        return offset
-    length, start = int(_PAYLOAD.unpack_from(data, start)[0]), start + int(_HEAD.unpack_from(data, offset)[1])
+def _whole_frames(data: bytes) -> list[bytes]:
+    """The frames in `data`, heads included, whatever lies between them."""
+    whole: list[bytes] = []
+    offset = 0
+    while (offset := data.find(_MAGIC_BYTES, offset)) >= 0:
+        found = _read_head(io.BytesIO(data[offset : offset + (1 << 16)]), len(data) - offset)
+        if found is None or not _is_sound(data[offset + found[0] : offset + found[0] + found[1]]):
+            offset += 1
+            continue
+        end = offset + found[0] + found[1]
+        whole.append(data[offset:end])
+        offset = end
+    return whole
+
+
+def _is_sound(frame: bytes) -> bool:
     try:
-        zstandard.ZstdDecompressor().decompress(data[start : start + length], allow_extra_data=False)
-    except zstandard.ZstdError:
-        return offset
-    return start + length
+        zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except (zstandard.ZstdError, MemoryError):
+        return False
+    return True
 
 
 @contextmanager
@@ -244,15 +257,26 @@ def room_for(path: Path) -> Iterator[None]:
     """Name the file that did not fit where a disk or quota is full, or cannot be written at all."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except Exception as error:
+        reason = _no_room(error)
+        if not reason:
             raise
         free = shutil.disk_usage(path.parent).free
         raise UserError(
-            f"cannot write {path}: {error.strerror}; {free} bytes are free",
+            f"cannot write {path}: {reason}; {free} bytes are free",
             need="room for it",
             how="make some; what was finished is whole, and the same command resumes",
         ) from error
+
+
+def _no_room(error: Exception) -> str:
+    """The system's word for a write that found no room, empty for any other error. Libraries hide it: safetensors in
+    its message, torch behind a message of its own."""
+    hidden = re.search(r"\(os error ([0-9]+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(hidden[1]) if hidden else 0
+    if not number and "inline_container" in str(error):
+        return "torch could not write it all"
+    return os.strerror(number) if number in _FULL else ""
 
 
 @contextmanager
@@ -288,11 +312,8 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
             yield temporary
             reached("written", folder)
             os.chmod(temporary, 0o755)  # mkdtemp's 0700 would hide a checkpoint from the group on shared storage
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    os.chmod(path, 0o644)  # as safetensors' own 0600 would
-                    sync_path(path)
-            sync_path(temporary)
+            for path in sync_files(temporary):
+                os.chmod(path, 0o644)  # as safetensors' own 0600 would
             reached("synced", folder)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -352,6 +373,14 @@ def sync_path(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_files(folder: Path) -> list[Path]:
+    """As sync_path for a folder and everything in it; returns its files."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in [*files, folder]:
+        sync_path(path)
+    return files
 
 
 def file_digest(path: Path) -> str:

@@ -246,7 +246,7 @@ def _parse(text: str) -> tuple[list[_Choice], int, int | None]:
         usage = payload.get("usage") or {}
         counted = usage.get("completion_tokens")
         prompt_tokens = int(usage.get("prompt_tokens") or 0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _Transient(f"unreadable response ({type(error).__name__}: {error}): {text[:200]!r}") from error
     if not choices:
         raise _Transient("response without choices")
@@ -264,7 +264,7 @@ def _choice(item: Mapping[str, JsonValue]) -> _Choice:
     if not isinstance(item["text"], str):
         raise TypeError("a choice's text is no string")
     return _Choice(
-        text=item["text"],
+        text=item["text"].encode("utf-8", "replace").decode(),  # JSON can hold half a character, a file can not
         finish_reason=str(item.get("finish_reason")),
         stop_reason=reason if isinstance(reason, str) else None,
         names_reason="stop_reason" in item or "matched_stop" in item,

@@ -10,7 +10,7 @@ MAX_ANSWER_CHARS = 4000  # an answer beyond this is compared as text only
 _TAIL_CHARS = 20_000  # the end of an output, where answers are looked for
 
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER_IS = re.compile(r"(?:final\s+answer|answer)\s*(?:is|:|=|was)\s*:?\s*([^\n]+)", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"(?:final\s+answer|answer)\s*(?:is|:|=|was)\s*(?::\s*)?([^\n]+)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^0-9\s])\.(?:\s|$)|(?<=[0-9])\.(?:\s|$)|<end_of")
 
 

@@ -18,6 +18,7 @@ SYNTHETIC = "synthetic"
 MAX_LINE_BYTES = 4 * 2**20
 MAX_JSON_BYTES = 2**30
 _BROKEN_ESCAPES = re.compile(r"\t(?=frac|ext|imes|heta|an\b|o\b)|\f(?=rac|box)|\x08(?=oxed|egin|ar)")
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # JSON can hold them, UTF-8 can not
 _RESTORED = {"\t": "\\t", "\f": "\\f", "\x08": "\\b"}
 
 
@@ -48,7 +49,12 @@ def read_problems(
     Raises UserError (missing, empty, not UTF-8, broken, a record without question or answer), naming file:line.
     """
     records = enumerate(read_records(path))
-    problems = [to_problem(form(record), fields, source, n, where) for n, (where, record) in records]
+    problems = []
+    for number, (where, record) in records:
+        try:
+            problems.append(to_problem(form(record), fields, source, number, where))
+        except RecursionError as error:
+            raise UserError(f"{where} is nested too deeply", need="texts for question and answer") from error
     if not problems:
         raise UserError(f"{path} holds no records", need="at least one problem")
     return problems
@@ -102,7 +108,7 @@ def _synthetic(
 
 def _ident(record: Mapping[str, object], source: str, number: int) -> str:
     name = next((record[k] for k in ("id", "unique_id", "index") if record.get(k) not in (None, "")), None)
-    return str(name) if isinstance(name, str) else f"{source}/{number if name is None else name}"
+    return _text(name) if isinstance(name, str) else f"{source}/{number if name is None else _text(name)}"
 
 
 def _level(record: Mapping[str, object], fields: Fields) -> str:
@@ -141,6 +147,7 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value)
     text = value if isinstance(value, str) else str(value)
+    text = _HALF_CHARACTERS.sub("\ufffd", text)
     # JSON written without doubling its backslashes turns \tfrac into a tab and "frac"; no answer means a tab there.
     return _BROKEN_ESCAPES.sub(lambda m: _RESTORED[m.group()], text)
 

@@ -30,6 +30,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from rstar.config import TrainSection, digest
+from rstar.store import read_lines, room_for, sync_files, write_rows
 from rstar.training.batching import MicroBatch, OptimizerSteps
 from rstar.training.data import EncodedRow
 from rstar.training.models import Loaded, autocast_dtype, save_model, transformers_model
@@ -240,19 +241,16 @@ class Metrics:
         self.path, self.steps, self.on_progress, self.main = path, steps, on_progress, main
         self.lines: list[dict[str, float]] = []
         if resumed_step and path.is_file():
-            with path.open(encoding="utf-8") as file:
-                self.lines = [line for line in map(json.loads, file) if line["step"] <= resumed_step]
+            self.lines = [line for line in read_lines(path) if line["step"] <= resumed_step]
         if main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            begun = path.with_suffix(".tmp")  # renamed: another process may be reading the lines of the run before
-            begun.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-            begun.replace(path)
+            write_rows(path, self.lines)  # replaced: another process may be reading the lines of the run before
 
     def add(self, line: dict[str, float]) -> None:
         self.lines.append(line)
         if not self.main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with room_for(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.on_progress(
             TrainProgress(
@@ -377,8 +375,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, then a mark that says it is whole."""
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with room_for(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.world_size > 1:
             dist.barrier()
         if self.args.process_index == 0:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+            sync_files(folder)
+            (folder / _COMPLETE).touch()
