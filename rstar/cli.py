@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,14 @@ def run(arguments: Sequence[str]) -> int:
         parser.print_help()
         return 0
     try:
-        return int(options.act(options) or 0)
+        code = int(options.act(options) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if options.act not in (commands.show, commands.status, commands.config):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `rstar show RUN | head` has seen enough
+        return 0
     except UserError as error:
         print(f"rstar: {error}", file=sys.stderr)
         return 2

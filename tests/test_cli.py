@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.sandbox.checks import Check as SandboxCheck
 from tests.report_run import make_run
+
+ROOT = Path(__file__).parent.parent
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -181,3 +184,10 @@ def test_a_run_is_shown_and_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "held-out accuracy" in said and f"report: {run / 'report.html'}" in said
     assert problem in (run / "report.html").read_text()
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    script = f"{sys.executable} -m rstar status {run} | true; echo ${{PIPESTATUS[*]}}"
+    out = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (out.stdout, out.stderr) == ("0 0\n", "")
