@@ -98,6 +98,12 @@ def test_a_path_shares_one_namespace_and_each_step_shows_its_own_output(box: Box
     assert [first.stdout, second.stdout, third.stdout] == ["one\n", "two\n", "15\n"]
 
 
+def test_a_program_may_be_larger_than_any_buffer_on_its_way(box: Box) -> None:
+    session = box.sandbox.session()
+    state = session.state([f"x = {n}\n#{'é' * 60_000}" for n in range(8)])
+    assert box.wait(session.run(state, "print(x)"))[1].stdout == "7\n"
+
+
 def test_a_run_never_changes_its_parent(box: Box) -> None:
     session = box.sandbox.session()
     parent, _ = box.wait(session.run(session.root, "x = [1]"))
@@ -515,6 +521,16 @@ def test_a_killed_zygote_is_rebuilt_and_its_step_started_again(own_box: Callable
     assert box.sandbox.zygote_pids() != [old]
 
 
+def test_a_zygote_whose_template_died_is_rebuilt(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=1))
+    [old] = box.sandbox.zygote_pids()
+    [template] = psutil.Process(old).children()
+    template.kill()
+    assert box.one("print('after')").stdout == "after\n"
+    assert box.sandbox.zygote_pids() != [old]
+    assert box.sandbox.counts.infrastructure_failures == 1
+
+
 def test_a_wedged_zygote_is_found_and_replaced(own_box: Callable[..., Box]) -> None:
     box = own_box(section=replace(SECTION, processes=1), patience=0.5)
     os.kill(box.sandbox.zygote_pids()[0], signal.SIGSTOP)
@@ -546,15 +562,17 @@ def test_a_cancelled_run_is_killed_at_once(own_box: Callable[..., Box]) -> None:
 
     async def cancel() -> int:
         session = box.sandbox.session()
+        zygote = psutil.Process(box.sandbox.zygote_pids()[0])
+        before = len(zygote.children())
         running = asyncio.create_task(session.run(session.root, "import time\ntime.sleep(5)"))
         await asyncio.sleep(0.3)
+        assert len(zygote.children()) == before + 1
         running.cancel()
-        zygote = psutil.Process(box.sandbox.zygote_pids()[0])
         for _ in range(40):
             await asyncio.sleep(0.05)
-            if not zygote.children():
+            if len(zygote.children()) == before:
                 return 0
-        return len(zygote.children())
+        return len(zygote.children()) - before
 
     assert box.wait(cancel()) == 0
 

@@ -21,7 +21,7 @@ import struct
 import sys
 import sysconfig
 import termios
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # prctl options: linux/prctl.h, the same on every architecture.
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -62,7 +62,8 @@ STEP_FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD
 STEP_IOCTL = (termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX)
 
 # What the zygote calls besides, and each fork gives up before it runs a step.
-ZYGOTE_CALLS = ("clone", "kill", "prctl", "seccomp", "prlimit64")
+ZYGOTE_CALLS = ("clone", "kill", "prctl", "seccomp", "prlimit64", "sendmsg", "recvmsg")
+CLONE_PARENT = 0x00008000  # linux/sched.h
 CLONE_FORBIDDEN = 0x7E020000 | 0x00010000 | 0x00000100  # new namespaces, threads, shared memory: linux/sched.h
 
 HUGE_PAGE = 2 << 20  # bytes; where it is another size the kernel refuses to collapse, which costs nothing
@@ -85,31 +86,39 @@ def prctl(option: int, *arguments: int) -> None:
 
 
 # What every fork calls, with arguments made beforehand: each Python object that a fork touches is a page it must copy.
-_fork = ctypes.PyDLL(None, use_errno=True).fork
 _DIE_WITH_PARENT = (ctypes.c_int(PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
 
 
-def fork() -> int:
-    """`os.fork` for a process with a single thread: without Python's at-fork hooks.
-
-    Those replace locks that other threads may hold (there are none) and reseed `random` from fresh entropy (a step has
-    its own seed); they touch more pages than everything else that a fork does until it runs a step.
-    """
-    return _checked(_fork(), "fork")
-
-
 def die_with_parent() -> None:
-    """Have this process killed when the one that forked it ends. OSError if the kernel objects."""
+    """Have this process killed when its parent ends. OSError if the kernel objects."""
     _checked(libc.prctl(*_DIE_WITH_PARENT), "PR_SET_PDEATHSIG")
 
 
-def _syscall(name: str, *arguments: ctypes.c_long | ctypes.c_char_p) -> int:
+def _number(name: str) -> int:
     import pyseccomp
 
-    number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
+    number: int = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
     if number < 0:
         raise OSError(errno.ENOSYS, f"{name}: libseccomp is too old to know it")
-    return _checked(libc.syscall(ctypes.c_long(number), *arguments), name)
+    return number
+
+
+def _syscall(name: str, *arguments: ctypes.c_long | ctypes.c_char_p) -> int:
+    return _checked(libc.syscall(ctypes.c_long(_number(name)), *arguments), name)
+
+
+def forker(*, sibling: bool) -> Callable[[], int]:
+    """A fork for a process with a single thread; as a `sibling` the new process is a child of this one's parent.
+
+    Unlike `os.fork` it runs none of Python's at-fork hooks. Those replace locks that other threads may hold (there are
+    none) and reseed `random` from fresh entropy (a step has its own seed); they touch more pages than everything else
+    that a fork does until it runs a step.
+    """
+    clone = ctypes.PyDLL(None, use_errno=True).syscall
+    clone.restype = ctypes.c_long
+    flags = signal.SIGCHLD | (CLONE_PARENT if sibling else 0)
+    arguments = (ctypes.c_long(_number("clone")), ctypes.c_ulong(flags), *[ctypes.c_ulong(0)] * 4)
+    return lambda: _checked(clone(*arguments), "clone")
 
 
 def landlock_abi() -> int:
@@ -268,7 +277,7 @@ def zygote_filter() -> bytes:
     allow("socketpair", s.Arg(0, s.EQ, socket.AF_UNIX))  # asyncio's self-pipe
     allow("clone", s.Arg(0, s.MASKED_EQ, CLONE_FORBIDDEN, 0))
     allow("prlimit64", s.Arg(0, s.EQ, 0))
-    for name in ("kill", "prctl", "seccomp"):
+    for name in ("kill", "prctl", "seccomp", "sendmsg", "recvmsg"):
         allow(name)
     rules.add_rule(s.ERRNO(errno.ENOSYS), "clone3")  # its flags lie in memory, unseen by filters: glibc falls back
     return _export(rules)

@@ -62,6 +62,7 @@ class ZygoteProcess:
         self.ready = Ready()
         self._buffer = bytearray()
         self._pending: dict[int, asyncio.Future[tuple[Reply, bytes]]] = {}
+        self._bounds: dict[int, float] = {}  # when each of them must have been answered
         self._heard = 0.0
         self._pings = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -126,28 +127,28 @@ class ZygoteProcess:
         if not self.alive or self._transport is None:
             raise ZygoteLost(f"zygote {self.pid} is gone")
         future: asyncio.Future[tuple[Reply, bytes]] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = future
+        bound = 4 * request.wall_seconds * max(1, len(request.codes)) + GRACE_SECONDS
+        self._pending[request.id], self._bounds[request.id] = future, time.monotonic() + bound
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._watch_over(patience))
         self._transport.write(pack(request))
-        bound = 4 * request.wall_seconds * max(1, len(request.codes)) + GRACE_SECONDS
         try:
-            return await asyncio.wait_for(future, bound)
-        except TimeoutError:
-            self._lose(f"no reply within {bound:g} s")
-            raise ZygoteLost(f"zygote {self.pid} did not reply within {bound:g} s") from None
+            return await future
         except asyncio.CancelledError:
             if self.alive:
                 self._transport.write(pack(Request(request.id, "cancel")))
             raise
         finally:
-            self._pending.pop(request.id, None)
+            del self._pending[request.id], self._bounds[request.id]
 
     async def _watch_over(self, patience: float) -> None:
-        """While work is in flight: two silences in a row, the second after a ping, mean that it is wedged."""
+        """While work is in flight: an overdue reply or two silences in a row, the second after a ping, mean a wedge."""
         while self.alive and self._pending and self._transport is not None:
             before = self._heard
             await asyncio.sleep(patience)
+            if any(bound < time.monotonic() for bound in self._bounds.values()):
+                self._lose("a reply is overdue")
+                return
             if self._heard > before or not self._pending:
                 continue
             self._pings += 1

@@ -1,25 +1,25 @@
-"""The zygote's loop: forks on request, reads two bounded pipes per fork, enforces CPU and wall time, reaps, reports.
+"""The warden: has the template fork, reads two bounded pipes per fork, enforces CPU and wall time, reaps, reports.
 
-It never runs step code. What it reads from forks is bytes of bounded length, taken at their word about the fork itself
-and about nothing else.
+It never runs step code and is never forked. What it reads from forks is bytes of bounded length, taken at their word
+about the fork itself and about nothing else.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enums, which costs a fork 50 page copies
 import contextlib
 import ctypes
 import math
 import os
-import resource
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from rstar.sandbox import locks, step
 from rstar.sandbox.frames import Reply, Request, pack, take
+from rstar.sandbox.template import Template
 
 PIPE_CHUNK = 1 << 14
 LOOK_AFTER = 0.01  # seconds; most forks are done by then, and their pipes need to be read only once
@@ -27,27 +27,11 @@ REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
 BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
 WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
-_SIGCHLD, _SIG_DFL = int(signal.SIGCHLD), int(signal.SIG_DFL)
-FREE_FDS = (38, 39)  # below the library folders; the zygote itself never has this many descriptors
-FIRST_LIBRARY_FD = 40
-
-
-@dataclass
-class Job:
-    """What a new fork is to do; the only thing it takes over from the zygote's state."""
-
-    codes: list[str]
-    entry: Callable[[str], str] | None
-    null: int
-    output: int
-    report: int
-    cpu_limit: float
-    zygote: int  # its pid
 
 
 @dataclass
 class Fork:
-    """A running evaluation, seen from the zygote."""
+    """A running evaluation, seen from the warden."""
 
     request: int
     pid: int
@@ -71,17 +55,13 @@ class Fork:
 
 
 class Server:
-    """Forks on request until the supervisor goes away. `serve` returns a Job in each fork and never in the zygote."""
+    """Serves the supervisor at the other end of `control` until it goes away. `locked`: forks cannot fork on."""
 
-    def __init__(
-        self, control: int, null: int, entries: dict[str, Callable[[str], str]], filter_: locks.Filter | None
-    ) -> None:
-        self._control, self._null, self._entries, self.filter = control, null, entries, filter_
+    def __init__(self, control: int, template: Template, entries: Collection[str], *, locked: bool) -> None:
+        self._control, self._template, self._entries, self._locked = control, template, entries, locked
         self._incoming, self._outgoing = bytearray(), bytearray()
         self._forks: dict[int, Fork] = {}  # by pid
         self._pipes: dict[int, Fork] = {}  # by read end
-        self._pid = os.getpid()
-        self._seed: int | None = None
         self._wake, wake_write = os.pipe()
         for end in (control, self._wake, wake_write):
             os.set_blocking(end, False)
@@ -91,14 +71,13 @@ class Server:
         self._poll.register(control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
 
-    def serve(self) -> Job:
+    def serve(self) -> NoReturn:
         while True:
-            for descriptor, _ in self._poll.poll(self._patience()):
+            for descriptor, events in self._poll.poll(self._patience()):
                 if descriptor == self._control:
                     self._send()
-                    job = self._receive()
-                    if job is not None:
-                        return job
+                    if events & ~select.POLLOUT:
+                        self._receive()
                 elif descriptor == self._wake:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake, 4096)
@@ -115,27 +94,23 @@ class Server:
 
     # Requests
 
-    def _receive(self) -> Job | None:
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(self._control, 1 << 16)
-            if not data:
-                os._exit(0)  # the supervisor is gone; PR_SET_PDEATHSIG takes the forks along
-            self._incoming += data
+    def _receive(self) -> None:
+        data = os.read(self._control, 1 << 16)
+        if not data:
+            os._exit(0)  # the supervisor is gone; PR_SET_PDEATHSIG takes the forks along
+        self._incoming += data
         while (message := take(self._incoming, Request)) is not None:
             request = message[0]
             if request.kind in ("run", "call"):
-                job = self._fork(request)
-                if job is not None:
-                    return job
+                self._fork(request)
             elif request.kind == "cancel":
                 for fork in self._forks.values():
                     if fork.request == request.id and not fork.verdict:
                         self._kill(fork, "cancelled", "")
             elif request.kind == "forks":
-                self._answer(Reply(request.id, seconds=self._bare_forks(request.seed)))
+                self._answer(Reply(request.id, seconds=self._template.bare_forks(request.seed)))
             else:
                 self._answer(Reply(request.id))
-        return None
 
     def _answer(self, reply: Reply, body: bytes = b"") -> None:
         self._outgoing += pack(reply, body)
@@ -153,24 +128,18 @@ class Server:
 
     # Forks
 
-    def _fork(self, request: Request) -> Job | None:
+    def _fork(self, request: Request) -> None:
         entry, codes = None, request.codes
         if request.kind == "call":
-            entry = self._entries.get(codes[0])
-            if entry is None:
-                self._answer(Reply(request.id, "error", f"no entry {codes[0]!r} in this zygote"))
-                return None
-            codes = codes[1:]
-        if request.seed != self._seed:
-            self._seed = request.seed
-            step.seed_libraries(request.seed)
+            entry, codes = codes[0], codes[1:]
+            if entry not in self._entries:
+                self._answer(Reply(request.id, "error", f"no entry {entry!r} in this zygote"))
+                return
+        allowance = request.cpu_seconds * (len(codes) - 1)
+        cpu_limit = math.ceil(allowance + request.cpu_seconds) + 1
         output_read, output_write = os.pipe()
         report_read, report_write = os.pipe()
-        allowance = request.cpu_seconds * (len(codes) - 1)
-        pid = locks.fork()
-        if pid == 0:
-            limit = allowance + request.cpu_seconds
-            return Job(codes, entry, self._null, output_write, report_write, limit, self._pid)
+        pid = self._template.fork(step.pack(entry, codes), request.seed, cpu_limit, report_write, output_write)
         os.close(output_write)
         os.close(report_write)
         now = time.monotonic()
@@ -179,21 +148,9 @@ class Server:
             request.cpu_seconds, request.wall_seconds, request.output_bytes, allowance,
             next_check=now + LOOK_AFTER, wall_end=now + request.wall_seconds * len(codes), sampled=(now, 0.0),
         )  # fmt: skip
-        return None
-
-    def _bare_forks(self, count: int) -> float:
-        """Seconds for `count` locked forks that leave at once: the floor under every evaluation."""
-        started = time.perf_counter()
-        for _ in range(count):
-            pid = locks.fork()
-            if pid == 0:
-                enter(Job([], None, self._null, self._null, self._null, 1.0, self._pid), self.filter)
-                os._exit(0)
-            os.waitpid(pid, 0)
-        return time.perf_counter() - started
 
     def _read(self, descriptor: int, fork: Fork) -> bool:
-        """Take what a pipe holds; False when it is empty or at its end."""
+        """Take what a pipe holds; False when that was all."""
         try:
             data = os.read(descriptor, PIPE_CHUNK)
         except BlockingIOError:
@@ -214,7 +171,7 @@ class Server:
                 self._kill(fork, "output_limit", f"printed more than {fork.output_bytes} bytes")
         if not data:
             self._forget(descriptor, fork)
-        return bool(data)
+        return len(data) == PIPE_CHUNK
 
     def _watch(self, fork: Fork) -> int:
         """Look after a fork that did not end at once: read its pipes as they fill, follow its CPU time."""
@@ -242,7 +199,7 @@ class Server:
         if fork.reaped:
             return  # its pid may be somebody else's by now
         os.kill(fork.pid, signal.SIGKILL)
-        if self.filter is None:
+        if not self._locked:
             with contextlib.suppress(OSError):
                 os.killpg(fork.pid, signal.SIGKILL)
 
@@ -271,18 +228,15 @@ class Server:
     # Ends
 
     def _reap(self) -> None:
-        while self._forks:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        while (ended := os.wait4(-1, os.WNOHANG))[0]:  # the template is always there
+            pid, status, usage = ended
+            if pid == self._template.pid:
+                raise RuntimeError(f"the template ended with wait status {status}")
             fork = self._forks.pop(pid)
             fork.reaped = True
             for end in (fork.output, fork.report):
                 if end >= 0:
-                    if self.filter is None:  # without locks it may have left a child that holds the write end
+                    if not self._locked:  # without locks it may have left a child that holds the write end
                         os.set_blocking(end, False)
                     while self._read(end, fork):
                         pass
@@ -350,25 +304,3 @@ def _cpu_time(clock: int) -> float:
         return time.clock_gettime(clock)
     except OSError:  # EINVAL: it has just died and is about to be reaped
         return 0.0
-
-
-def enter(job: Job, filter_: locks.Filter | None) -> None:
-    """In a new fork: die with the zygote, keep only its own pipes (as descriptors 3 and 4), take the last lock."""
-    locks.die_with_parent()
-    if os.getppid() != job.zygote:
-        os._exit(70)
-    signal.set_wakeup_fd(-1)
-    _signal.signal(_SIGCHLD, _SIG_DFL)
-    os.dup2(job.output, FREE_FDS[0])
-    os.dup2(job.report, FREE_FDS[1])
-    for target in (0, step.STDOUT, 2):
-        os.dup2(job.null, target)
-    os.dup2(FREE_FDS[0], step.OUTPUT)
-    os.dup2(FREE_FDS[1], step.REPORT)
-    os.closerange(step.OUTPUT + 1, FIRST_LIBRARY_FD)
-    seconds = math.ceil(job.cpu_limit) + 1  # the kernel's own limit, behind the zygote's finer one
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    if filter_ is not None:
-        filter_.load()
-    else:
-        os.setpgid(0, 0)

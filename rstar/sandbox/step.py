@@ -10,13 +10,14 @@ import __future__
 import builtins
 import errno
 import io
+import marshal
 import os
 import random
 import struct
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from rstar.sandbox.scratch import in_memory_open
@@ -25,7 +26,9 @@ STDOUT, REPORT, OUTPUT = 1, 3, 4  # descriptors; 0 and 2 are the null device
 REPORT_HEAD = struct.Struct("=cd")  # kind, CPU seconds of this process so far
 PREFIX_DONE, OK, ERROR, DENIED, MEMORY, PREFIX_FAILED = b"M", b"O", b"E", b"D", b"X", b"P"
 MAX_ERROR = 2000  # characters
+Entries = Mapping[str, Callable[[str], str]]  # trusted functions by name
 # CPU time is read from the thread clock (a step has one thread): under RLIMIT_CPU the process clock moves in ticks.
+_open = open
 FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
     FUTURE_FLAGS |= getattr(__future__, _name).compiler_flag
@@ -72,20 +75,35 @@ def _compile(codes: list[str], index: int, flags: int) -> types.CodeType:
     return compiled
 
 
-def run_program(codes: list[str]) -> NoReturn:
-    """Run `codes` one after another in a fresh `__main__`; only what the last one prints is kept.
+def prepare() -> None:
+    """Give this process the fresh `__main__` and the in-memory folder that its forks run their programs with."""
+    main = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main
+    builtins.open = io.open = in_memory_open(_open)
+    sys.argv = [""]
+
+
+def pack(entry: str | None, codes: Sequence[str]) -> bytes:
+    """What a fork is to run: the codes of a path, or a trusted entry with one payload."""
+    return marshal.dumps((entry, list(codes)))
+
+
+def run(program: bytes, entries: Entries, leave: Callable[[int], NoReturn] = os._exit) -> NoReturn:
+    """Run what `pack` made and leave. The first untrusted code of this process is that of a program in here."""
+    entry, codes = marshal.loads(program)
+    if entry is not None:
+        run_entry(entries[entry], codes[0], leave)
+    run_program(codes, leave)
+
+
+def run_program(codes: list[str], leave: Callable[[int], NoReturn]) -> NoReturn:
+    """Run `codes` one after another in `__main__`; only what the last one prints is kept.
 
     A fresh run of the codes joined by newlines does the same: one namespace, `from __future__` carried on. Ends the
     process without teardown, so that no `__del__`, atexit function or thread of the step can hold it up.
     """
-    clock, leave = time.thread_time, os._exit
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
-    namespace = main.__dict__
-    namespace["__builtins__"] = builtins
-    opened = in_memory_open(open)
-    builtins.open = io.open = opened
-    sys.argv = [""]
+    clock, namespace = time.thread_time, sys.modules["__main__"].__dict__
     stdout = sys.stdout  # UTF-8 with escapes and block buffered: see process.ENVIRONMENT
     flags, last = 0, len(codes) - 1
     try:
@@ -112,7 +130,7 @@ def run_program(codes: list[str]) -> NoReturn:
     _end(OK, "", leave)
 
 
-def run_entry(entry: Callable[[str], str], payload: str) -> NoReturn:
+def run_entry(entry: Callable[[str], str], payload: str, leave: Callable[[int], NoReturn]) -> NoReturn:
     """Run a trusted function on untrusted text; its result is the output."""
     os.write(REPORT, REPORT_HEAD.pack(PREFIX_DONE, time.thread_time()))
     try:
@@ -120,8 +138,8 @@ def run_entry(entry: Callable[[str], str], payload: str) -> NoReturn:
         while result:
             result = result[os.write(OUTPUT, result) :]
     except BaseException as error:
-        _end(*describe(error), os._exit)
-    _end(OK, "", os._exit)
+        _end(*describe(error), leave)
+    _end(OK, "", leave)
 
 
 def _end(kind: bytes, text: str, leave: Callable[[int], NoReturn]) -> NoReturn:

@@ -16,9 +16,10 @@ import signal
 import sys
 import time
 
-from rstar.sandbox import locks, step
+from rstar.sandbox import locks, step, template
 from rstar.sandbox.frames import Ready, Setup, pack, take
-from rstar.sandbox.server import FIRST_LIBRARY_FD, Job, Server, enter
+from rstar.sandbox.server import Server
+from rstar.sandbox.template import FIRST_LIBRARY_FD
 
 
 def pin_libraries(roots: list[str], descriptors: list[int]) -> int:
@@ -49,8 +50,8 @@ def pin_libraries(roots: list[str], descriptors: list[int]) -> int:
     return len(moved)
 
 
-def prepare(control: int) -> Server:
-    """Import, lock, say Ready. Every failure is reported and ends the process: it never serves half locked."""
+def prepare(control: int) -> tuple[Ready, locks.Filter | None, step.Entries]:
+    """Import and lock. Every failure is reported and ends the process: it never serves half locked."""
     buffer = bytearray()
     while (message := take(buffer, Setup)) is None:
         buffer += os.read(control, 1 << 20)
@@ -72,10 +73,8 @@ def prepare(control: int) -> Server:
         imported = time.perf_counter()
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("a library started a thread; the locks hold for a single-threaded process only")
-        null = os.open("/dev/null", os.O_RDWR)
         heap = locks.writable_memory()
         filter_, unreachable = lock(setup)
-        server = Server(control, null, entries, filter_)
         gc.collect()
         gc.freeze()  # a collection in a fork must not write to, and so copy, what the zygote holds
         collapsed = locks.collapse_heap(heap)
@@ -94,8 +93,7 @@ def prepare(control: int) -> Server:
         os.set_blocking(control, True)
         os.write(control, pack(Ready(fatal=f"{type(error).__name__}: {error}")))
         raise
-    os.write(control, pack(ready))
-    return server
+    return ready, filter_, entries
 
 
 def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
@@ -131,18 +129,12 @@ def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
     return step_filter, unreachable
 
 
-def evaluate(control: int) -> tuple[Job, locks.Filter | None]:
-    """Serve; comes back in forks only, with the zygote's own state already let go."""
-    server = prepare(control)
-    return server.serve(), server.filter
-
-
 def main() -> None:
-    job, filter_ = evaluate(int(sys.argv[1]))
-    enter(job, filter_)
-    if job.entry is not None:
-        step.run_entry(job.entry, job.codes[0])
-    step.run_program(job.codes)
+    control = int(sys.argv[1])
+    ready, filter_, entries = prepare(control)
+    handle = template.start(filter_, entries)
+    os.write(control, pack(ready))
+    Server(control, handle, entries, locked=filter_ is not None).serve()
 
 
 if __name__ == "__main__":

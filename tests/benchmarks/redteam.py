@@ -221,6 +221,7 @@ class Arena:
         self._sandbox, self._around = sandbox, surroundings
         self._session = sandbox.session(seed=5)
         self._zygotes: list[int] = []
+        self._templates: set[int] = set()
         self._folders: list[str] = []
         self._expected = ""
 
@@ -232,6 +233,7 @@ class Arena:
 
     def _remember(self) -> None:
         self._zygotes = self._sandbox.zygote_pids()
+        self._templates = {child.pid for pid in self._zygotes for child in psutil.Process(pid).children()}
         folders = [os.readlink(f"/proc/{pid}/cwd") for pid in self._zygotes]
         self._folders = [folder for folder in folders if folder != "/"]  # with the locks on there is no scratch at all
 
@@ -277,7 +279,7 @@ class Arena:
             while not self._sandbox.zygote_pids():
                 await asyncio.sleep(0.05)
             self._remember()
-        alive = {pid for pid in self._processes() if pid not in self._zygotes}
+        alive = set(self._processes()) - set(self._zygotes) - self._templates
         if alive:
             found.append(f"pid-alive: {sorted(alive)}")
             for pid in alive:
