@@ -120,7 +120,7 @@ class RoundDir:
         """
         record = self.record(stage)
         if record is None or not all((self.path / name).exists() for name in record.outputs):
-            started = self._started(stage)
+            started = self.started_note(stage)
             if started.exists():
                 self._refuse_changes(stage, read_json(started), {"settings": settings, "inputs": inputs})
             return None
@@ -134,11 +134,11 @@ class RoundDir:
 
         `notes` are for the stage's work, until it is finished.
         """
-        write_json(self._started(stage), {"settings": settings, "inputs": inputs, "notes": notes})
+        write_json(self.started_note(stage), {"settings": settings, "inputs": inputs, "notes": notes})
 
     def started(self, stage: str) -> dict[str, Any]:
         """What `start` has noted of a stage that is not finished; empty where there is nothing."""
-        path = self._started(stage)
+        path = self.started_note(stage)
         return dict(read_json(path)) if path.exists() else {}
 
     def drop(self, stage: str) -> list[str]:
@@ -149,7 +149,8 @@ class RoundDir:
         write_json(self.manifest, {"round": self.number, "stages": stages})
         return dropped
 
-    def _started(self, stage: str) -> Path:
+    def started_note(self, stage: str) -> Path:
+        """Where `start` writes."""
         return self.path / f".{stage}-started.json"
 
     def _refuse_changes(self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -188,7 +189,7 @@ class RoundDir:
         stages = {name: asdict(r) for name, r in self.records().items()}
         stages[stage] = asdict(record)
         write_json(self.manifest, {"round": self.number, "stages": stages})
-        self._started(stage).unlink(missing_ok=True)
+        self.started_note(stage).unlink(missing_ok=True)
         return record
 
 
@@ -235,11 +236,18 @@ class RunDir:
             self._lock.truncate()
             self._lock.write(f"{socket.gethostname()} pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             self._lock.flush()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what a killed driver left: files half written, and the start notes of stages it had just recorded."""
         for path in list(self.path.glob(f"round_*/**/*{TEMPORARY}")):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        for here in self.rounds():
+            for stage in here.records():
+                here.started_note(stage).unlink(missing_ok=True)
 
     def repair(self) -> list[str]:
         """Take damaged frames out of all shards, and the records of stages whose files are damaged or missing out of

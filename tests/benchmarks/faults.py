@@ -580,9 +580,10 @@ SLOW: dict[str, Callable[[Path], Damage]] = {
 
 
 def write_cases(base: Path, *, every: bool) -> dict[str, Callable[[Path], Damage]]:
-    """kill -9 and a full disk at the run's writes: at `every` step, or at one of each kind."""
+    """kill -9 and a full disk at the run's writes: at `every` step, or at two of each kind."""
     found = points(base)
-    numbers = range(len(found)) if every else [found.index(point) for point in dict.fromkeys(found)]
+    kinds = {*{point: n for n, point in enumerate(found)}.values(), *map(found.index, found)}  # the first and last of each
+    numbers = range(len(found)) if every else sorted(kinds)
     cases: dict[str, Callable[[Path], Damage]] = {}
     for number in numbers:
         name = f"{number} ({' '.join(found[number])})"
