@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from rstar.rounds import RoundDir
 from rstar.search.expand import path_prompt
 from rstar.search.mcts import Mcts
 from rstar.store import TreeWriter, index, read_head, read_trees, repair
-from rstar.types import Step, StepKind, TerminalReason, UserError
+from rstar.training.data import read_rows
+from rstar.types import SftRow, Step, StepKind, TerminalReason, UserError
 from tests.fakes import branching, grow
 
 JSON = st.recursive(
@@ -69,6 +70,21 @@ def test_a_problem_file_is_read_or_refused(content: bytes, suffix: str) -> None:
             return
     assert found.train and all(one.question and one.answer for one in found.train)
     orjson.dumps([asdict(one) for one in found.train])  # as a tree does
+
+
+@given(
+    LINES
+    | st.dictionaries(st.sampled_from([f.name for f in fields(SftRow)]), JSON).map(lambda one: json.dumps(one).encode())
+)
+@settings(max_examples=80, deadline=None)
+def test_a_row_file_is_read_or_refused_by_its_line(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_bytes(content)
+        try:
+            assert all(isinstance(row, SftRow) for row in read_rows(path, SftRow))
+        except UserError as error:
+            assert f"{path}:" in str(error)
 
 
 def test_half_characters_are_replaced_and_line_separators_end_no_line(tmp_path: Path) -> None:

@@ -6,12 +6,24 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rstar.search.mcts import Mcts
-from rstar.store import TreeWriter, index, read_frame, read_trees, scan, write_rows
+from rstar.store import (
+    TreeWriter,
+    append_line,
+    complete_or_absent,
+    index,
+    read_frame,
+    read_lines,
+    read_trees,
+    repair,
+    scan,
+    write_rows,
+)
 from rstar.tree import Tree
 from rstar.types import OutcomeRow, Problem, UserError
 from tests.fakes import branching, grow
@@ -131,6 +143,70 @@ async def test_frame_that_did_not_fit_on_the_disk_leaves_the_shard_whole(
         monkeypatch.undo()
         writer.append(await grown(1))
     assert list(index(tmp_path)) == ["p#1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "could not write"),
+    ],
+)
+def test_folder_that_finds_no_room_is_named_and_the_one_before_stays(
+    tmp_path: Path, error: Exception, said: str
+) -> None:
+    """The last two are safetensors' and torch's words for a full disk, as they came of a file-size limit."""
+    folder = tmp_path / "policy"
+    with complete_or_absent(folder) as temporary:
+        (temporary / "weights").write_text("first")
+    with pytest.raises(UserError, match=f"cannot write {folder}: .*{said}"), complete_or_absent(folder) as temporary:
+        (temporary / "weights").write_text("second")
+        raise error
+    assert (folder / "weights").read_text() == "first" and list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(RuntimeError, match="another"), complete_or_absent(folder):
+        raise RuntimeError("another")
+
+
+def test_file_past_a_size_limit_leaves_what_was_there(tmp_path: Path) -> None:
+    """The limit is the system's own; a tree and rows that do not fit."""
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"a": 1}])
+
+    code = (
+        "import resource, sys; from pathlib import Path; from rstar.store import write_rows, UserError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: write_rows(Path(sys.argv[1]), [{'a': 'x' * 99}] * 99)\n"
+        "except UserError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert f"cannot write {path}: File too large" in out.stdout
+    assert path.read_text() == '{"a":1}\n' and list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_behind_a_torn_one_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "failures.jsonl"
+    append_line(path, {"n": 1})
+    with path.open("ab") as file:
+        file.write(b'\n{"n": 2')
+    append_line(path, {"n": 3})
+    assert read_lines(path) == [{"n": 1}, {"n": 3}] and read_lines(tmp_path / "none") == []
+
+
+def test_repair_takes_out_what_is_damaged_and_nothing_else(tmp_path: Path) -> None:
+    import asyncio
+
+    trees = [asyncio.run(grown(seed)) for seed in range(3)]
+    path = write(tmp_path, *trees)
+    frame = scan(path).frames[1]
+    data = bytearray(path.read_bytes())
+    data[frame.offset - len("p#1") - 1 - 8 + 5] = 0xFF  # the length in its head, now beyond the file
+    path.write_bytes(data + b"torn")
+    with pytest.raises(UserError, match="frame 1"):  # and not a torn tail of two trees, cut off when it is opened
+        TreeWriter(path)
+    assert repair(path) == len(data) + 4 - path.stat().st_size > 0
+    assert list(index(tmp_path)) == ["p#0", "p#2"] and repair(path) == 0
 
 
 async def test_shard_is_plain_zstandard(tmp_path: Path) -> None:

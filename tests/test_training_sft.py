@@ -186,6 +186,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_model: Path, tmp_pa
     assert not (tmp_path / "cut").exists()
     half = tmp_path / ".cut-checkpoints" / "checkpoint-7"  # as a crash while saving would leave it
     half.mkdir()
+    with metrics_path(tmp_path / "cut").open("a") as file:
+        file.write('{"step": 8, "lo')
     torch.manual_seed(99)
     steps: list[int] = []
     result = train_policy(

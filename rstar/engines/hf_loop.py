@@ -133,6 +133,13 @@ def load_model(loader: Any, model_path: str, section: EngineSection) -> Any:
     if Path(model_path).is_dir():
         check_model_folder(model_path)
     device = section.device if section.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, number = device.partition(":")
+    if device.startswith("cuda") and int(number or 0) >= (there := torch.cuda.device_count()):
+        raise UserError(
+            f"engine.device={device}, and torch sees {there} GPUs here",
+            need="a GPU with that number",
+            how="see `rstar doctor`; or engine.device=auto, cluster.gpus_per_worker",
+        )
     if section.threads:
         torch.set_num_threads(section.threads)
     try:

@@ -33,14 +33,14 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
     fields = dataclasses.fields(kind)
     needed = {f.name for f in fields if f.default is dataclasses.MISSING}
     rows: list[R] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 found = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not JSON: {error.msg}", need="one JSON object a line") from error
+            except (ValueError, RecursionError) as error:  # not UTF-8, too
+                raise UserError(f"{path}:{number} is not JSON: {error}", need="one JSON object a line") from error
             missing = needed - set(found) if isinstance(found, dict) else needed
             if missing:
                 raise UserError(

@@ -39,10 +39,11 @@ import psutil
 
 from rstar import evaluation, rounds, store
 from rstar.cluster import search_all
-from rstar.config import ClusterSection
+from rstar.config import ClusterSection, EngineSection
 from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.recipes import load_config, measuring, rstar_math
+from rstar.report.html import write_report
 from rstar.rounds import Stage, StageResult, run_dir
 from rstar.sandbox import Counts, SandboxError
 from rstar.search import collect
@@ -436,6 +437,30 @@ def sandbox_fails(base: Path) -> Damage:
     return damage(folder, undisturbed(base))
 
 
+def no_secrets(base: Path) -> Damage:
+    """No value of an environment variable gets into a file of a run or into its messages: not of a good run, not of one
+    whose server refuses, not into the report."""
+    folder = fresh(base, "secrets")
+    secrets = {name: f"sk-{name.lower()}-0123456789" for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY")}
+    said = io.StringIO()
+    with patched(os, environ={**os.environ, **secrets}), contextlib.redirect_stdout(said):
+        evolve(configured(folder))
+        write_report(folder / "run")
+        search = search_job(folder / "run" / "server")
+        nobody = EngineSection(kind="openai", url="http://127.0.0.1:9/v1", model="m", retries=0)
+        search = replace(search, engine=nobody)
+        try:
+            search_all(search, [WorkItem(0, one) for one in problems(2)], ClusterSection(), print, UnexecutedWorker)
+            raise AssertionError("a server where none is")
+        except UserError as error:
+            print(error, infrastructure_failures(folder / "run" / "server"))
+    texts = [said.getvalue().encode(), *(path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file())]
+    trees = [json.dumps(list(tree.to_rows())).encode() for tree in read_trees(folder / "run" / "round_01")]
+    leaked = [name for name, value in secrets.items() if any(value.encode() in text for text in [*texts, *trees])]
+    assert not leaked and b"127.0.0.1:9" in texts[0] and len(texts) > 10, leaked
+    return Damage()
+
+
 class SlowSandbox(TrustedSandbox):
     """A sandbox of a machine on which every step takes too long, or under which every second evaluation is lost."""
 
@@ -541,7 +566,7 @@ def evolve_slowly(folder: Path) -> list[str]:
     """Arguments of a run of 20 problems without a model, whose search takes half a minute."""
     write_sums(folder / "problems.jsonl", 20)
     return [
-        "round", "1", str(ROOT / "configs/rstar_math/tiny.yaml"), f"run.dir={folder}/run", "run.rounds=1", "model=none",
+        "evolve", str(ROOT / "configs/rstar_math/tiny.yaml"), f"run.dir={folder}/run", "run.rounds=1", "model=none",
         "model.step_tokens=false", "cluster=inline", "problems=file", f"problems.path={folder}/problems.jsonl",
         "problems.heldout=0", "warmup.enabled=false", "engine=simulated", "engine.tokens_per_second=600",
         "search.trees_in_flight=2", "eval.methods=[]",
@@ -569,6 +594,7 @@ CASES: dict[str, Callable[[Path], Damage]] = {
     "engine dies": engine_dies,
     "engine stays dead": engine_stays_dead,
     "sandbox fails": sandbox_fails,
+    "no secrets": no_secrets,
     "all steps time out": partial(garbage, lost=False),
     "evaluations are lost": partial(garbage, lost=True),
 }
@@ -582,8 +608,8 @@ SLOW: dict[str, Callable[[Path], Damage]] = {
 def write_cases(base: Path, *, every: bool) -> dict[str, Callable[[Path], Damage]]:
     """kill -9 and a full disk at the run's writes: at `every` step, or at two of each kind."""
     found = points(base)
-    kinds = {*{point: n for n, point in enumerate(found)}.values(), *map(found.index, found)}  # the first and last of each
-    numbers = range(len(found)) if every else sorted(kinds)
+    first_and_last = {*map(found.index, found), *{point: n for n, point in enumerate(found)}.values()}
+    numbers = range(len(found)) if every else sorted(first_and_last)
     cases: dict[str, Callable[[Path], Damage]] = {}
     for number in numbers:
         name = f"{number} ({' '.join(found[number])})"
