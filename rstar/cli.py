@@ -15,9 +15,9 @@ from rstar.types import UserError
 EXAMPLES = """examples:
   rstar evolve configs/rstar_math/quickstart.yaml            run all rounds; the same command resumes
   rstar evolve configs/rstar_math/quickstart.yaml run.dir=runs/mine rounds.r3.search.rollouts=8
-  rstar round 2 configs/rstar_math/quickstart.yaml           run one round
-  rstar show runs/quickstart --problem chain_sum-0003        print a search tree
-  rstar config configs/rstar_math/quickstart.yaml            print the resolved settings
+  rstar status runs/quickstart                               from another shell: stage, figures, time left
+  rstar show runs/quickstart --problem long_sums/train/4     print a problem's search trees
+  rstar init mine                                            begin with own problems and an own model
 """
 
 SEARCH_EXAMPLES = """rstar search configs/rstar_math/quickstart.yaml --round 1
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "show",
         commands.show,
         "print the search trees of a problem",
-        "rstar show runs/quickstart --problem chain_sum-0003",
+        "rstar show runs/quickstart --problem long_sums/train/4",
         config=False,
     )
     show.add_argument("run", help="a run's folder")

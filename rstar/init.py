@@ -72,11 +72,13 @@ sft:
   epochs: 2
   learning_rate: 1.0e-4
   batch_size: 16
+  micro_batch_tokens: 1024  # in one forward pass; a GPU takes 8192 and more
   max_length: 2048
 ppm:
   epochs: 1
   learning_rate: 1.0e-4
   batch_size: 16
+  micro_batch_tokens: 1024
   max_length: 2048
 eval:
   methods: [greedy, mcts]

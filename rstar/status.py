@@ -24,7 +24,7 @@ class StageStatus:
 
     round: int
     stage: str
-    state: str  # done, now (it runs, or was stopped in its middle), to do
+    state: str  # done; begun (it runs, or was stopped in its middle); to do
     seconds: float | None  # wall-clock, of a finished one
     solved: tuple[int, int] | None  # training problems with a correct answer, all; of a finished search
 
@@ -37,7 +37,7 @@ class Status:
     state: str  # running; held (by another machine, where we cannot look); idle; finished
     holder: str  # host, pid and begin of the driver that holds the lock; empty: none
     stages: tuple[StageStatus, ...]
-    progress: dict[str, Any] | None  # the latest state of the stage that is "now" (report/progress.py)
+    progress: dict[str, Any] | None  # the latest state of the stage that is "begun" (report/progress.py)
     trees: int | None  # complete ones on disk, of the round of that stage
     eta_seconds: float | None  # of that stage
     rest_seconds: float | None  # of all stages, if they take as long as in the last round that has them
@@ -56,13 +56,15 @@ def status(path: Path) -> Status:
     holder, state = _holder(path)
     stages = list(_stages(run, planned, begun))
     waiting = [one for one in stages if one.state == "to do"]
-    if holder and waiting and all(one.state != "now" for one in stages):  # the next one is being loaded
-        stages[stages.index(waiting[0])] = replace(waiting[0], state="now")
+    if holder and waiting and all(one.state != "begun" for one in stages):  # the next one is being loaded
+        stages[stages.index(waiting[0])] = replace(waiting[0], state="begun")
     if not holder and planned and all(one.state == "done" for one in stages):
         state = "finished"
-    now = next((one for one in stages if one.state == "now"), None)
+    now = next((one for one in stages if one.state == "begun"), None)
     current = kept if now is not None and begun == (now.round, now.stage) else None
     eta = current["eta_seconds"] if current is not None and holder else None
+    if current is not None and eta is not None:
+        eta = max(0.0, eta - (time.time() - current["updated"]))
     return Status(
         run=str(path), state=state, holder=holder, stages=tuple(stages),
         progress=current,
@@ -101,7 +103,7 @@ def _stages(run: RunDir, planned: list[tuple[int, str]], begun: tuple[Any, Any])
     for number, name in sorted(known, key=lambda one: one[0]):  # stable: stages stay in the order they run
         record = records.get(number, {}).get(name)
         if record is None:
-            yield StageStatus(number, name, "now" if (number, name) == begun else "to do", None, None)
+            yield StageStatus(number, name, "begun" if (number, name) == begun else "to do", None, None)
         else:
             yield StageStatus(number, name, "done", record.seconds, record.counts.get("solved_by_level", {}).get("all"))
 
@@ -109,7 +111,11 @@ def _stages(run: RunDir, planned: list[tuple[int, str]], begun: tuple[Any, Any])
 def _rest(stages: list[StageStatus], eta: float | None) -> float | None:
     """Seconds until everything is done; None where nothing is left, or a stage has not been seen yet."""
     took = {one.stage: one.seconds for one in stages if one.seconds is not None}
-    left = [eta if one.state == "now" and eta is not None else took.get(one.stage) for one in stages if not one.seconds]
+    left = [
+        eta if one.state == "begun" and eta is not None else took.get(one.stage)
+        for one in stages
+        if one.state != "done"
+    ]
     known = [seconds for seconds in left if seconds is not None]
     return sum(known) if known and len(known) == len(left) else None
 
