@@ -225,10 +225,12 @@ class LeasedWorker:
     async def exchange(self, items: list[WorkItem], wait: bool) -> list[ProblemSummary]:
         """As Worker.exchange."""
         self._running |= {asyncio.create_task(self._worker.search_problem(item)) for item in items}
-        done, self._running = await asyncio.wait(
+        done, running = await asyncio.wait(
             self._running, timeout=None if wait else 0, return_when=asyncio.FIRST_COMPLETED
         )
-        return [task.result() for task in done]
+        searched = {task for task in done if task.exception() is None}
+        self._running = running | (done - searched)  # a failure is told when there is nothing else to tell
+        return [task.result() for task in searched or done]
 
     async def close(self) -> None:
         for task in self._running:

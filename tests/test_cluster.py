@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rstar.cluster import PASSIVE_WAIT, Leases, _note_loss, dear_first, search_all
+from rstar.cluster import PASSIVE_WAIT, LeasedWorker, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import EngineError
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, unfinished
@@ -241,3 +241,45 @@ def test_lost_worker_is_reported_by_the_first_line_of_its_failure_or_by_its_kind
         assert f"search worker 1 was lost ({words})" in capsys.readouterr().out
     with pytest.raises(UserError, match="2 search workers"):
         _note_loss(1, EngineError(""), 2, ClusterSection(max_failures=1))
+
+
+def test_results_are_told_before_the_failure_beside_them() -> None:
+    class Half:
+        async def search_problem(self, item: WorkItem) -> str:
+            if item.problem.id == "sum-01":
+                raise EngineError("died")
+            return item.problem.id
+
+        async def close(self) -> None: ...
+
+    async def scene() -> None:
+        worker = LeasedWorker(Half())  # type: ignore[arg-type]
+        asked = asyncio.create_task(worker.exchange(items(PROBLEMS[:3]), True))
+        assert sorted(await asked) == ["sum-00", "sum-02"]  # type: ignore[type-var]
+        with pytest.raises(EngineError, match="died"):
+            await worker.exchange([], True)
+        await worker.close()
+
+    asyncio.run(scene())
+
+
+def test_problem_that_two_workers_died_with_comes_last_and_alone() -> None:
+    async def scene() -> None:
+        leases = Leases(items(PROBLEMS[:4]), workers=1, in_flight=4)
+        held = await leases.take(4, holds=0)
+        leases.back(held[:1], alone=lambda item: True)
+        leases.back(held[1:2])
+        assert await leases.take(4, holds=2) == held[1:2], "a suspect is searched beside others"
+        leases.done(3)
+        assert not leases.finished.is_set()
+        assert await leases.take(4, holds=0) == held[:1]
+        leases.done(1)
+        assert leases.finished.is_set()
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+def test_worker_that_a_ray_of_our_own_could_never_start_is_refused(tmp_path: Path, ray_address: object) -> None:
+    section = ClusterSection(address="local", gpus_per_worker=64)
+    with pytest.raises(UserError, match=r"asks for 64 GPU, this machine has \d.*cluster.gpus_per_worker"):
+        search_all(job(tmp_path), items(), section, lambda s: None)
