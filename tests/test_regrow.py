@@ -14,6 +14,7 @@ import pytest
 from rstar import cli, commands
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
 from rstar.rounds import RoundDir
+from rstar.sandbox import Counts
 from rstar.search import collect
 from rstar.store import read_trees
 from rstar.tree import Tree
@@ -33,6 +34,7 @@ class FakeSandbox:
     """Literal sessions instead of processes."""
 
     level = "fake"
+    counts = Counts()
 
     def __init__(self, _: object) -> None:
         pass
