@@ -360,14 +360,15 @@ def two_drivers(base: Path) -> Damage:
         holder.acquire()
         os.write(go, b"x")
         signal.pause()
-    os.read(ready, 1)
     try:
+        os.read(ready, 1)
         evolve(config)
         raise AssertionError("two drivers in one folder")
     except UserError as error:
         assert f"pid {pid} " in error.got and str(folder / "run" / "lock") in error.how
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     return resumed(folder)
 
 
