@@ -32,25 +32,26 @@ class Failures:
     def __init__(self, folder: Path, limit: float, on_done: Callable[[ProblemSummary], None]) -> None:
         self.folder, self.limit, self.on_done = folder, limit, on_done
         self.executions: Counter[str] = Counter()
-        self.infrastructure = 0
+        self.problems = self.infrastructure = 0
 
     def done(self, summary: ProblemSummary) -> None:
         """Count a finished problem. Raises UserError where the limit is passed."""
         self.executions.update(summary.executions)
+        self.problems += 1
         self.on_done(summary)
         if summary.restarted:
             self.note("sandbox", summary.worker, "evaluations started again", summary.restarted)
-        self._check(self.executions[ExecutionStatus.TIMEOUT], "of the steps timed out")
+        self._check(self.executions[ExecutionStatus.TIMEOUT], self.executions.total(), "of the steps timed out")
 
     def note(self, kind: str, worker: str, reason: str, times: int = 1) -> None:
         """Write down a failure of the infrastructure. Raises UserError where the limit is passed."""
         self.infrastructure += times
         line = {"kind": kind, "worker": worker, "reason": reason, "times": times, "time": round(time.time())}
         append_line(self.folder / FAILURES, line)
-        self._check(self.infrastructure, f"of the evaluations failed with the infrastructure (see {FAILURES})")
+        tried = self.problems + self.executions.total() + self.infrastructure  # recipes without code have problems only
+        self._check(self.infrastructure, tried, f"of the work failed with the infrastructure (see {FAILURES})")
 
-    def _check(self, failed: int, words: str) -> None:
-        tried = self.executions.total() + self.infrastructure
+    def _check(self, failed: int, tried: int, words: str) -> None:
         if tried >= JUDGED_FROM and failed > self.limit * tried:
             raise UserError(
                 f"{failed / tried:.0%} {words}, {failed} of {tried}: its trees are not worth training on",

@@ -483,8 +483,21 @@ def garbage(base: Path, lost: bool) -> Damage:
             evolve(configured(folder, f"problems.path={folder}/sums.jsonl", "eval.methods=[]"))
             raise AssertionError("training on garbage")
         except UserError as error:
-            words = "failed with the infrastructure" if lost else "of the steps timed out"
+            words = "of the work failed with the infrastructure" if lost else "of the steps timed out"
             assert words in error.got and "cluster.max_failure_rate=0.25" in error.need, error
+    return Damage()
+
+
+def nothing_solved(base: Path) -> Damage:
+    """A round without a correct solution stops before anything is trained."""
+    folder = fresh(base, "nothing")
+    with patched(collect, build_policy=lambda *_, **__: SimulatedPolicy(lambda *_: "no step<end_of_answer>")):
+        try:
+            evolve(configured(folder))
+            raise AssertionError("trained on nothing")
+        except UserError as error:
+            assert "round 1 found no correct trajectory" in error.got
+    assert not (folder / "run" / "round_01" / "policy").exists()
     return Damage()
 
 
@@ -595,6 +608,7 @@ CASES: dict[str, Callable[[Path], Damage]] = {
     "engine dies": engine_dies,
     "engine stays dead": engine_stays_dead,
     "sandbox fails": sandbox_fails,
+    "nothing solved": nothing_solved,
     "no secrets": no_secrets,
     "all steps time out": partial(garbage, lost=False),
     "evaluations are lost": partial(garbage, lost=True),
