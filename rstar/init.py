@@ -8,9 +8,9 @@ from pathlib import Path
 from rstar.types import UserError
 
 PROBLEMS = (
-    ("A baker fills 7 trays with 12 rolls each and sells 59 of them. How many rolls are left?", "25", "1"),
-    ("What is the remainder when 3^20 is divided by 7?", "2", "2"),
-    ("The sum of three consecutive even numbers is 78. What is the largest of them?", "28", "1"),
+    ("Calculate 7 * 12 - 59.", "25", "1"),
+    ("Calculate (18 + 6) / 4 - 2.", "4", "1"),
+    ("A baker fills 7 trays with 12 rolls each and sells 59 of them. How many rolls are left?", "25", "2"),
 )
 
 CONFIG = """\
@@ -50,9 +50,10 @@ problems:
 #               model: {{base: TOKENIZER, few_shot: configs/rstar_math/few_shot.yaml}}}}
 warmup:
   enabled: true
-  families: {{words: 32, arithmetic: 16}}  # solutions of each kind
+  families: {{words: 16, arithmetic: 16}}  # solutions of each kind
   epochs: 2
-  learning_rate: 1.0e-4  # as for sft: about 1e-5 suits models of a billion parameters and more
+  learning_rate: 2.0e-4  # for 135M parameters, as below; about 1e-5 suits a billion and more
+  batch_size: 4
 
 engine:
   kind: hf  # in this process, CPU or GPU; vllm: many times faster on a GPU; openai: a server

@@ -59,8 +59,8 @@ class Progress:
         """`done` of the total are done now, and these are the figures so far."""
         self.done, self.figures = done, figures
         now = time.monotonic()
-        if self._live is None and now - self._printed >= PLAIN_SECONDS:
-            self._print()
+        if self._live is None and done < self.total and now - self._printed >= PLAIN_SECONDS:
+            self._print()  # the last state comes with the end
         if now - self._noted >= KEPT_SECONDS:
             self._note()
 
