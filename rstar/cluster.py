@@ -18,6 +18,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,14 +92,16 @@ def search_all(
 ) -> None:
     """Search every item; `on_done` hears of each as it finishes. Returns when all trees are on disk.
 
-    On Ray `items` is read as problems are leased, so a stream of any length takes no memory here.
+    `items` is read as problems are leased, so a stream of any length takes no memory here.
     """
-    inline = section.address == "inline"
-    leases = Leases(items, workers=1 if inline else section.workers, in_flight=in_flight(job))
+    if section.address == "inline":
+        section, workers = replace(section, workers=1), _workers
+    else:
+        workers = _remote_workers
+    leases = Leases(items, workers=section.workers, in_flight=in_flight(job))
     if not leases.finished.is_set():
         failures = Failures(job.passes[0].folder, section.max_failure_rate, on_done)
-        workers = (_workers if inline else _remote_workers)(job, section, make_worker)
-        asyncio.run(_search(leases, section, failures, workers))
+        asyncio.run(_search(leases, section, failures, workers(job, section, make_worker)))
     for one in job.passes:
         for path in shards(one.folder):  # a worker that died has not synced its last second
             sync_path(path)
@@ -318,17 +321,21 @@ def _remote_workers(job: SearchJob, section: ClusterSection, make_worker: Make) 
     # Ray's own default is one thread per actor; on a machine of our own the workers share the cores.
     threads = (os.cpu_count() or 1) // section.workers if section.address == "local" else int(section.cpus_per_worker)
 
-    class Here(LeasedWorker):
-        def __init__(self, name: str) -> None:
-            super().__init__(make_worker(job, name))
-
     actors = ray.remote(
         num_cpus=section.cpus_per_worker,
         num_gpus=section.gpus_per_worker,
         max_concurrency=4,
         runtime_env={"env_vars": {**PASSIVE_WAIT, "OMP_NUM_THREADS": str(max(1, threads))}},
-    )(Here)
+    )(_actor(job, make_worker))
     return lambda name: RemoteWorker(actors.remote(name), name, asked)
+
+
+def _actor(job: SearchJob, make_worker: Make) -> type[LeasedWorker]:
+    class Worker(LeasedWorker):  # what the process is called
+        def __init__(self, name: str) -> None:
+            super().__init__(make_worker(job, name))
+
+    return Worker
 
 
 class RemoteWorker:
@@ -358,7 +365,7 @@ class RemoteWorker:
     async def close(self) -> None:
         import ray
 
-        with suppress(TimeoutError, Exception):
+        with suppress(Exception):  # it is killed, whatever it says
             await asyncio.wait_for(_answer(self._actor.close.remote()), CLOSE_SECONDS)
         ray.kill(self._actor)
 

@@ -283,3 +283,8 @@ def test_worker_that_a_ray_of_our_own_could_never_start_is_refused(tmp_path: Pat
     section = ClusterSection(address="local", gpus_per_worker=64)
     with pytest.raises(UserError, match=r"asks for 64 GPU, this machine has \d.*cluster.gpus_per_worker"):
         search_all(job(tmp_path), items(), section, lambda s: None)
+
+
+def test_inline_is_one_worker_whatever_the_cluster_would_have(tmp_path: Path) -> None:
+    search_all(job(tmp_path), items(PROBLEMS[:2]), ClusterSection(workers=8), lambda s: None)
+    assert [path.name for path in tmp_path.glob("trees-*")] == ["trees-w0.jsonl.zst"]

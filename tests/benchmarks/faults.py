@@ -557,8 +557,8 @@ def driver_killed(base: Path) -> Damage:
     finished trees stay as they are, and the same command makes the rest."""
     folder = fresh(base, "driver")
     command = [sys.executable, "-m", "rstar", *evolve_slowly(folder)]
-    mark = {**os.environ, "RSTAR_TEST_MARK": str(folder)}
-    driver = subprocess.Popen(command, cwd=ROOT, env=mark, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    driver = subprocess.Popen(command, cwd=ROOT, env=offline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shard = folder / "run" / "round_01"
     wait_for(lambda: (shard.exists() and len(index(shard)) > 1) or driver.poll() is not None, 300)
     assert driver.poll() is None, "it was to be killed in the middle"
@@ -570,7 +570,7 @@ def driver_killed(base: Path) -> Damage:
         wait_for(lambda: not any(map(psutil.pid_exists, family)), 10)
     orphans = sum(map(psutil.pid_exists, family))
     kept = index(shard)
-    subprocess.run([*command, "engine.tokens_per_second=0"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "engine.tokens_per_second=0"], cwd=ROOT, env=offline, check=True, capture_output=True)
     trees = index(shard)
     again = sum(trees[name] != ref for name, ref in kept.items())
     return Damage(20 - len(trees), again, orphans)
