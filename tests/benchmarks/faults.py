@@ -554,11 +554,13 @@ def load(base: Path, count: int, workers: int = 0) -> Damage:
 
 def driver_killed(base: Path) -> Damage:
     """kill -9 of a real driver with its stage and sandbox in the middle of a search: nothing is left after 10 seconds,
-    finished trees stay as they are, and the same command makes the rest."""
+    finished trees stay as they are, and the rest are made when the search goes on."""
     folder = fresh(base, "driver")
-    command = [sys.executable, "-m", "rstar", *evolve_slowly(folder)]
+    config, *settings = slow_run(folder)
+    rstar = [sys.executable, "-m", "rstar"]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    driver = subprocess.Popen(command, cwd=ROOT, env=offline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begin = [*rstar, "evolve", config, *settings]
+    driver = subprocess.Popen(begin, cwd=ROOT, env=offline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shard = folder / "run" / "round_01"
     wait_for(lambda: (shard.exists() and len(index(shard)) > 1) or driver.poll() is not None, 300)
     assert driver.poll() is None, "it was to be killed in the middle"
@@ -570,17 +572,18 @@ def driver_killed(base: Path) -> Damage:
         wait_for(lambda: not any(map(psutil.pid_exists, family)), 10)
     orphans = sum(map(psutil.pid_exists, family))
     kept = index(shard)
-    subprocess.run([*command, "engine.tokens_per_second=0"], cwd=ROOT, env=offline, check=True, capture_output=True)
+    go_on = [*rstar, "search", config, "--round", "1", *settings, "engine.tokens_per_second=0"]
+    subprocess.run(go_on, cwd=ROOT, env=offline, check=True, capture_output=True)
     trees = index(shard)
     again = sum(trees[name] != ref for name, ref in kept.items())
     return Damage(20 - len(trees), again, orphans)
 
 
-def evolve_slowly(folder: Path) -> list[str]:
-    """Arguments of a run of 20 problems without a model, whose search takes half a minute."""
+def slow_run(folder: Path) -> list[str]:
+    """Config file and settings of a run of 20 problems without a model, whose search takes half a minute."""
     write_sums(folder / "problems.jsonl", 20)
     return [
-        "evolve", str(ROOT / "configs/rstar_math/tiny.yaml"), f"run.dir={folder}/run", "run.rounds=1", "model=none",
+        str(ROOT / "configs/rstar_math/tiny.yaml"), f"run.dir={folder}/run", "run.rounds=1", "model=none",
         "model.step_tokens=false", "cluster=inline", "problems=file", f"problems.path={folder}/problems.jsonl",
         "problems.heldout=0", "warmup.enabled=false", "engine=simulated", "engine.tokens_per_second=600",
         "search.trees_in_flight=2", "eval.methods=[]",
