@@ -112,7 +112,7 @@ def _name(found: Results) -> str:
 def _header(found: Results) -> str:
     last = found.rounds[-1]
     done = [one.number for one in found.rounds if one.number and "eval" in one.stages]
-    state = f"{len(done)} finished round{'s' if len(done) != 1 else ''}"
+    state = f"{len(done) or 'No'} finished round{'s' if len(done) != 1 else ''}"
     if "eval" not in last.stages:
         state += (
             f", round {last.number} after its {last.stages[-1]} stage"
@@ -134,8 +134,8 @@ def _header(found: Results) -> str:
         said += " The engine is simulated: these figures exercise the system and say nothing about a model."
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v)
     return (
-        f"<h1>{escape(_name(found))}</h1><p class=lead>Self-evolution by tree search over executed steps: "
-        f"{escape(state)}. {escape(said)}</p><dl class=facts>{items}</dl>"
+        f"<h1>{escape(_name(found))}</h1><p class=lead>{escape(state)}. {escape(said)}</p>"
+        f"<dl class=facts>{items}</dl>"
     )
 
 
