@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -529,6 +530,14 @@ def test_a_zygote_whose_template_died_is_rebuilt(own_box: Callable[..., Box]) ->
     assert box.one("print('after')").stdout == "after\n"
     assert box.sandbox.zygote_pids() != [old]
     assert box.sandbox.counts.infrastructure_failures == 1
+
+
+def test_a_zygote_outlives_the_thread_that_started_it(own_box: Callable[..., Box]) -> None:
+    with ThreadPoolExecutor(1) as pool:  # the kernel's "parent" of PR_SET_PDEATHSIG is a thread
+        box = pool.submit(own_box, section=replace(SECTION, processes=1), host=LOCKS).result()
+    time.sleep(0.3)  # a thread is joined before the kernel has ended it
+    assert box.one("print('after')").stdout == "after\n"
+    assert box.sandbox.counts.infrastructure_failures == 0
 
 
 def test_a_wedged_zygote_is_found_and_replaced(own_box: Callable[..., Box]) -> None:

@@ -14,6 +14,10 @@ STEP_MODULES = [
     "time", "timeit", "traceback", "typing", "unicodedata", "uuid", "warnings", "zoneinfo",
 ]  # fmt: skip
 
+# Not there while those are imported: numpy.f2py, which scipy.special loads, would take it and with it a tenth of all
+# mappings, which every fork copies. Steps may import it.
+LEFT_OUT = ["charset_normalizer"]
+
 # Loads what these calls import lazily and fills sympy's caches: the first such call of a step is then a cheap one.
 WARM_UP = """
 import sympy

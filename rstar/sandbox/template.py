@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import os
 import resource
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import NoReturn
 
 from rstar.sandbox import locks, step
@@ -67,9 +67,12 @@ class Template:
 
 
 def start(filter_: locks.Filter | None, entries: step.Entries) -> Template:
-    """Fork the template off this process, which becomes its warden. The template itself never returns from here."""
+    """Fork the template off this process, which becomes its warden. The template itself never returns from here.
+
+    `rehearse` has been called; all that the template does from its first instruction on is to serve.
+    """
     ours, theirs = socket.socketpair()
-    pid = os.fork()
+    pid = locks.forker(sibling=False)()
     if pid == 0:
         locks.die_with_parent()
         os.dup2(theirs.fileno(), LINK)
@@ -77,9 +80,6 @@ def start(filter_: locks.Filter | None, entries: step.Entries) -> Template:
         ours.detach()
         theirs.detach()
         os.closerange(step.REPORT, LINK)
-        rehearse(entries)
-        step.prepare()
-        gc.freeze()
         serve(link, filter_, entries)
     theirs.close()
     return Template(ours, pid)
@@ -139,16 +139,17 @@ class _Rehearsed(BaseException):
     """Where a fork would leave."""
 
 
-def rehearse(entries: step.Entries) -> None:
+def rehearse(entries: step.Entries, keep: Sequence[int]) -> None:
     """Do what forks do, without effect: what Python adapts, resolves and caches by it is then inherited.
 
-    The prints go to the null device and the locks are not taken: a filter without instructions is refused.
+    The prints go to the null device and the locks are not taken: a filter without instructions is refused. Of the
+    descriptors below FIRST_LIBRARY_FD only the standard ones and `keep` are left.
     """
 
     def leave(code: int) -> NoReturn:
         raise _Rehearsed
 
-    kept = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, FIRST_LIBRARY_FD) for descriptor in (2, LINK)]
+    kept = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, FIRST_LIBRARY_FD) for descriptor in (2, *keep)]
     unlimited = resource.getrlimit(resource.RLIMIT_CPU)[1]
     program, no_filter = step.pack(None, [REHEARSAL]), locks.Filter(b"")
     for _ in range(REHEARSALS):
@@ -159,7 +160,9 @@ def rehearse(entries: step.Entries) -> None:
         os.dup2(0, step.OUTPUT)
         with contextlib.suppress(_Rehearsed):
             step.run(program, entries, leave)
+    step.prepare()
+    locks.prctl(locks.PR_SET_PDEATHSIG, 0)  # its parent is a thread of the supervisor, which may end before the others
     os.close(step.REPORT)
-    for descriptor, copy in zip((2, LINK), kept, strict=True):
+    for descriptor, copy in zip((2, *keep), kept, strict=True):
         os.dup2(copy, descriptor)
         os.close(copy)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-from rstar.sandbox import locks, step, template
+from rstar.sandbox import locks, preload, step, template
 from rstar.sandbox.frames import Ready, Setup, pack, take
 from rstar.sandbox.server import Server
 from rstar.sandbox.template import FIRST_LIBRARY_FD
@@ -61,8 +61,13 @@ def prepare(control: int) -> tuple[Ready, locks.Filter | None, step.Entries]:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         started = time.perf_counter()
         sys.path[:] = [*dict.fromkeys(setup.search_path)]
+        absent = [name for name in preload.LEFT_OUT if name not in sys.modules]
+        for name in absent:
+            sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
         for name in setup.modules:
             importlib.import_module(name)
+        for name in absent:
+            del sys.modules[name]
         exec(setup.warm_up, {})
         entries = {}
         for name, target in setup.entries.items():
@@ -75,6 +80,7 @@ def prepare(control: int) -> tuple[Ready, locks.Filter | None, step.Entries]:
             raise RuntimeError("a library started a thread; the locks hold for a single-threaded process only")
         heap = locks.writable_memory()
         filter_, unreachable = lock(setup)
+        template.rehearse(entries, [control])
         gc.collect()
         gc.freeze()  # a collection in a fork must not write to, and so copy, what the zygote holds
         collapsed = locks.collapse_heap(heap)
