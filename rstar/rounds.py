@@ -266,7 +266,8 @@ class RunDir:
 
     def rounds(self) -> list[RoundDir]:
         """The rounds that have a folder, in order."""
-        return [self.round(int(path.name.removeprefix("round_"))) for path in sorted(self.path.glob("round_[0-9]*"))]
+        names = sorted(path.name.removeprefix("round_") for path in self.path.glob("round_*"))
+        return [self.round(int(name)) for name in names if name.isdigit()]
 
     def release(self) -> None:
         """Give the lock back; its file names no holder then. Idempotent."""

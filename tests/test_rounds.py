@@ -3,6 +3,8 @@ And the recipe's stages that need no training: base, search with bootstrap and s
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -365,3 +367,45 @@ def test_round_with_seeds_escalation_and_second_pass_gives_rows_of_trees_on_disk
         assert row.tree_id in trees and trees[row.tree_id].nodes[row.node_ids[-1]].reward == 1.0
     for pair in read_rows(here.pairs, PreferenceRow):
         assert pair.tree_id in trees or pair.tree_id.partition("#")[2] == "0+1"
+
+
+def test_repair_makes_the_damaged_stage_and_those_behind_it_again(tmp_path: Path) -> None:
+    run, calls = RunDir(tmp_path), list[str]()
+    here = run.round(1)
+    stage(here, calls).execute()
+
+    def behind(name: str) -> Stage:
+        return Stage(here, name, {}, lambda: {"rows": input_digest(here, "extract")}, lambda: StageResult((), {}))
+
+    behind("policy").execute()
+    (tmp_path / "round_01.old").mkdir()  # somebody's copy
+    assert run.repair() == []
+    here.sft.write_text("other\n")
+    with pytest.raises(UserError, match=r"round_01/sft.jsonl is not what stage extract wrote.*--repair"):
+        behind("ppm").execute()
+    (told,) = run.repair()
+    assert "sft.jsonl: not as written; to be made again: extract, policy" in told and not here.records()
+
+
+def test_what_a_killed_driver_left_half_written_goes_with_the_next_lock(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    here = run.round(1)
+    stage(here, []).execute()
+    here.start("extract", {}, {})  # killed between its record and the end of its note
+    here.start("search", {}, {})
+    (here.path / "eval.json.tmp").touch()
+    (here.path / ".policy.abc.tmp" / "sub").mkdir(parents=True)
+    run.acquire()
+    run.release()
+    assert sorted(path.name for path in here.path.iterdir()) == [".search-started.json", "manifest.json", "sft.jsonl"]
+
+
+def test_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    RunDir(tmp_path).acquire()
+    assert "no locks on" in capsys.readouterr().out
