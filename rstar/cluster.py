@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from rstar.config import ClusterSection
 from rstar.engines.base import EngineError
 from rstar.sandbox import SandboxError
-from rstar.search.collect import ProblemSummary, SearchJob, SearchWorker, WorkItem
+from rstar.search.collect import ProblemSummary, SearchJob, SearchWorker, WorkItem, finished_by
 from rstar.search.failures import Failures
 from rstar.store import index, read_head, shards, sync_path
 from rstar.types import UserError
@@ -101,7 +101,7 @@ def search_all(
     leases = Leases(items, workers=section.workers, in_flight=in_flight(job))
     if not leases.finished.is_set():
         failures = Failures(job.passes[0].folder, section.max_failure_rate, on_done)
-        asyncio.run(_search(leases, section, failures, workers(job, section, make_worker)))
+        asyncio.run(_search(job, leases, section, failures, workers(job, section, make_worker)))
     for one in job.passes:
         for path in shards(one.folder):  # a worker that died has not synced its last second
             sync_path(path)
@@ -244,17 +244,28 @@ class LeasedWorker:
 
 
 async def _search(
-    leases: Leases, section: ClusterSection, failures: Failures, make_worker: Callable[[str], Worker]
+    job: SearchJob,
+    leases: Leases,
+    section: ClusterSection,
+    failures: Failures,
+    make_worker: Callable[[str], Worker],
 ) -> None:
     deaths: Counter[tuple[int, str]] = Counter()  # a problem -> workers that died with it; (n, "start"): of worker n
 
     def key(item: WorkItem) -> tuple[int, str]:
         return item.pass_index, item.problem.id
 
+    def searched(held: dict[tuple[int, str], WorkItem], summaries: Sequence[ProblemSummary]) -> None:
+        for summary in summaries:
+            del held[summary.pass_index, summary.problem_id]
+            failures.done(summary)
+        leases.done(len(summaries))
+
     async def keep_worker(number: int) -> None:
         for life in count():
             # A name of its own: a worker whose node is cut off may still be writing to the shard of the one before.
-            worker = make_worker(f"w{number}-{life}" if life else f"w{number}")
+            name = f"w{number}-{life}" if life else f"w{number}"
+            worker = make_worker(name)
             held: dict[tuple[int, str], WorkItem] = {}
             handful = HANDFUL
             try:
@@ -268,15 +279,12 @@ async def _search(
                         return
                     handful *= 2 if handful < leases.places else 1
                     full = len(items) < asked or len(held) == leases.places
-                    summaries = await worker.exchange(items, full)
-                    for summary in summaries:
-                        del held[summary.pass_index, summary.problem_id]
-                        failures.done(summary)
-                    leases.done(len(summaries))
+                    searched(held, await worker.exchange(items, full))
             except LOST as error:
                 lost = error
             finally:
                 await worker.close()
+            searched(held, finished_by(name, held.values(), job))  # on disk, and not told any more
             concerned = list(held) or [(number, "start")]
             deaths.update(concerned)
             leases.back(held.values(), alone=lambda item: deaths[key(item)] >= ALONE_AFTER)

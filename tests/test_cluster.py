@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import pytest
 from rstar.cluster import PASSIVE_WAIT, LeasedWorker, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import EngineError
-from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, unfinished
-from rstar.store import index, read_trees
+from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, finished_by, unfinished
+from rstar.store import index, read_trees, scan
 from rstar.types import Problem, UserError
 
 PROBLEMS = [
@@ -288,3 +289,32 @@ def test_worker_that_a_ray_of_our_own_could_never_start_is_refused(tmp_path: Pat
 def test_inline_is_one_worker_whatever_the_cluster_would_have(tmp_path: Path) -> None:
     search_all(job(tmp_path), items(PROBLEMS[:2]), ClusterSection(workers=8), lambda s: None)
     assert [path.name for path in tmp_path.glob("trees-*")] == ["trees-w0.jsonl.zst"]
+
+
+def test_trees_that_a_lost_worker_had_on_disk_are_not_searched_again(inline: Path, tmp_path: Path) -> None:
+    shutil.copy(inline / "trees-w0.jsonl.zst", tmp_path / "trees-w7.jsonl.zst")
+    new = Problem(id="new", question="1 + 1", answer="2")
+    found = finished_by("w7", items([new, *PROBLEMS[:3]]), job(tmp_path))
+    assert [summary.problem_id for summary in found] == [one.id for one in PROBLEMS[:3]]
+    assert all(summary.trees == 1 and summary.tokens for summary in found)
+    assert finished_by("w7", items(), job(tmp_path, seeds=[0, 1])) == [] == finished_by("w8", items(), job(tmp_path))
+
+
+class LateWorker(SearchWorker):
+    """Its engine dies when one problem is on disk, before anybody hears of that."""
+
+    died = False
+
+    async def search_problem(self, item: WorkItem) -> ProblemSummary:
+        summary = await super().search_problem(item)
+        if not LateWorker.died:
+            LateWorker.died = True
+            raise EngineError("died")
+        return summary
+
+
+def test_search_goes_on_behind_a_loss_without_double_work(tmp_path: Path) -> None:
+    done: list[ProblemSummary] = []
+    search_all(job(tmp_path), items(PROBLEMS[:4]), ClusterSection(), done.append, make_worker=LateWorker)
+    assert sorted(s.problem_id for s in done) == [p.id for p in PROBLEMS[:4]]
+    assert sum(len(scan(path).frames) for path in tmp_path.glob("trees-*")) == 4

@@ -30,7 +30,7 @@ from rstar.search.mcts import Mcts
 from rstar.search.sample import sample, score_answers
 from rstar.search.together import together
 from rstar.search.tree_operations import rescore
-from rstar.store import FrameRef, TreeWriter, index, read_frame
+from rstar.store import FrameRef, TreeWriter, index, read_frame, scan
 from rstar.tokens import question_wrapper
 from rstar.tree import ANSWER, Tree
 from rstar.types import Problem, UserError
@@ -127,6 +127,27 @@ def summarise(item: WorkItem, trees: Sequence[Tree], *, test_time: bool) -> Prob
     )
 
 
+def finished_by(worker: str, items: Iterable[WorkItem], job: SearchJob) -> list[ProblemSummary]:
+    """Summaries of the `items` whose trees are all complete in the shards of `worker`: what a lost one has not told."""
+    complete: list[dict[str, FrameRef]] = []
+    for one in job.passes:
+        path = _shard(one, worker)
+        frames = scan(path).frames if path.exists() else ()
+        complete.append({ref.tree_id: ref for ref in frames if ref.complete and ref.revision >= one.revision})
+    found = []
+    for item in items:
+        one = job.passes[item.pass_index]
+        refs = [complete[item.pass_index].get(tree_id(item.problem, seed)) for seed in one.search.seeds]
+        trees = [read_frame(ref) for ref in refs if ref is not None]
+        if len(trees) == len(refs):
+            found.append(summarise(item, trees, test_time=one.test_time or one.trees is not None))
+    return found
+
+
+def _shard(one: SearchPass, worker: str) -> Path:
+    return one.folder / f"trees-{worker}.jsonl.zst"
+
+
 class SearchWorker:
     """Grows the trees of problems, one shard of its own per pass. `start` before use, `close` after."""
 
@@ -162,7 +183,7 @@ class SearchWorker:
         self._scorer = build_scorer(job.engine, job.ppm) if job.ppm else None
         self._earlier = [index(one.folder) for one in job.passes]
         self._sources = [index(one.trees) if one.trees is not None else {} for one in job.passes]
-        self._writers = [TreeWriter(one.folder / f"trees-{self.name}.jsonl.zst") for one in job.passes]
+        self._writers = [TreeWriter(_shard(one, self.name)) for one in job.passes]
         for writer in self._writers:
             if writer.torn_bytes:
                 print(
