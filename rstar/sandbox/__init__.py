@@ -5,8 +5,9 @@ write; no process, thread, signal or ptrace; no environment and no secret; bound
 and output; no effect on other steps. Not covered: kernel exploits, side channels, `stat` of known paths, honesty of a
 step about itself.
 
-How it works: the supervisor starts a clean zygote that imports numpy, sympy and scipy and then locks itself in; each
-evaluation is a fork of it that runs the path's steps before, then the new one. Only the standard library is imported.
+How it works: the supervisor starts a clean zygote that imports numpy, sympy and scipy, locks itself in and becomes two:
+a warden, which keeps the books, and a template, which is forked. Each evaluation is such a fork; it runs the path's
+steps before, then the new one. Only the standard library is imported.
 """
 
 from rstar.sandbox.checks import Check, checks

@@ -263,7 +263,7 @@ def _reply(fork: Fork, status: int, cpu: float) -> Reply:
     elif code < 0:
         name = signal.Signals(-code).name
         verdict, text, claimed = "killed", f"killed by {name}", cpu
-        if -code == signal.SIGKILL:  # no step can send it and the zygote did not: the kernel was out of memory
+        if -code == signal.SIGKILL:  # no step can send it and the warden did not: the kernel was out of memory
             verdict, text = "memory", "killed by the kernel, out of memory"
         elif -code == signal.SIGXCPU:
             verdict, text = "timeout", f"used {fork.cpu_seconds:g} s of CPU time"

@@ -59,7 +59,7 @@ def _flush(stdout: TextIO) -> None:
 
 
 def seed_libraries(seed: int) -> None:
-    """Start the generators of random, numpy and sympy from `seed`: in the zygote, once for many requests with one."""
+    """Start the generators of random, numpy and sympy from `seed`: in the template, once for many programs with one."""
     random.seed(seed)
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed(seed % 2**32)

@@ -1,7 +1,7 @@
-"""The zygote: a clean process that imports the mathematics, locks itself in, and forks once per evaluation.
+"""The zygote: a clean process that imports the mathematics, locks itself in, and is forked once per evaluation.
 
-Started by the supervisor with a fixed environment and one socket; it holds no secret. When the socket closes it leaves,
-and its forks die with it.
+Started by the supervisor with a fixed environment and one socket; it holds no secret. Locked in, it becomes the warden
+of a fork of itself, the template of all evaluations. When the socket closes it leaves, and all its forks die with it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.sandbox --json [--seconds 5] [--trees RUN]
 
 steps_per_second        arithmetic steps, enough in flight to fill every zygote
-bare_forks_per_second   locked fork + exit on the same zygotes in the same run: the floor under every step
+bare_forks_per_second   locked fork + exit on the same zygotes in the same run: the floor under every step; taken in
+                        turn with the steps, medians of both
 p50_ms, p99_ms          one arithmetic step after another, nothing else in flight
 prefix10_p50_ms         the same step at the end of a path of ten arithmetic steps
 sympy_path_speedup      a ten-step path with two dear sympy calls: time of running every node from the root in a fresh
@@ -41,6 +42,7 @@ from rstar.store import read_trees
 from rstar.tree import Tree
 from rstar.types import ExecutionStatus
 
+TURNS = 8
 ARITHMETIC = "a = 48 / 2\nb = 48 + a\nprint(b)"
 SYMPY_PATH = [
     "from sympy import *\nx, y = symbols('x y')",
@@ -120,9 +122,11 @@ async def measure(seconds: float) -> dict[str, float | str]:
         session = sandbox.session()
         width = 2 * sandbox.processes
         await throughput(session, seconds / 4, width)
-        forks_before = await sandbox.bare_forks(int(50 * seconds))
-        steps = await throughput(session, seconds, width)
-        forks = statistics.mean((forks_before, await sandbox.bare_forks(int(50 * seconds))))
+        turns = []  # in turn, so that what else the machine does weighs on both
+        for _ in range(TURNS):
+            forks = await sandbox.bare_forks(int(100 * seconds / TURNS))
+            turns.append((await throughput(session, seconds / TURNS, width), forks))
+        steps, forks = (statistics.median(column) for column in zip(*turns, strict=True))
         alone = await latencies(session, [session.root], 200)
         prefix = session.state([f"x{i} = {i} * 3 + 1\nprint(x{i})" for i in range(10)])
         deep = await latencies(session, [prefix], 100)
