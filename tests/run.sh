@@ -27,12 +27,8 @@ done
 if [ -n "$browser" ]; then
     extras="$extras,browser"
     if ! command -v chromium chromium-browser google-chrome >/dev/null; then
-        if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-            echo "rstar: no Chromium here; need one for the tests marked browser; on Debian, as root: apt-get install chromium" >&2
-            exit 2
-        fi
-        { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; } ||
-            echo "rstar: Chromium could not be installed, see above; the tests marked browser are skipped" >&2
+        { [ "$(id -u)" = 0 ] && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; } ||
+            echo "rstar: no Chromium, so the tests marked browser are skipped; on Debian, as root: apt-get install chromium" >&2
     fi
 fi
 
