@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from rstar.config import SandboxSection
-from rstar.sandbox import NO_LOCKS, Host, Sandbox, SandboxError, Session, checks, probe
+from rstar.sandbox import NO_LOCKS, Host, Sandbox, SandboxError, Session, checks, locks, probe
 from rstar.sandbox.checks import attack
 from rstar.sandbox.levels import level_of
 from rstar.tree import Tree
@@ -673,6 +673,15 @@ def test_every_check_holds_inside_namespaces(own_box: Callable[..., Box]) -> Non
     assert box.sandbox.level == "A+"
     assert [check for check in box.wait(attack(box.sandbox)) if not check.ok] == []
     assert box.one("import os\nprint(os.getppid())").stdout == "1\n"
+
+
+def test_without_libseccomp_there_still_is_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert locks.CLONE_NUMBERS[os.uname().machine] == locks._number("clone")
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    pid = locks.forker(sibling=False)()
+    if pid == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 def test_without_locks_the_checks_fail_and_limits_still_hold(own_box: Callable[..., Box]) -> None:
