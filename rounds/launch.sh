@@ -4,6 +4,8 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RSTAR="${RSTAR:-$([ -x .venv/bin/rstar ] && echo .venv/bin/rstar || echo rstar)}"
 PATH="$PATH:$PWD/.venv/bin"
+# A Ray head asks for a token where its user has one, and who joins must say that he has it.
+[ -n "${RAY_AUTH_MODE:-}" ] || [ ! -f ~/.ray/auth_token ] || export RAY_AUTH_MODE=token
 
 usage_or_go() { # usage_or_go HOW_MANY "$@": print the launcher's own first comment for --help or too few arguments
     local needed="$1"

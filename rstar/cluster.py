@@ -123,6 +123,8 @@ def in_flight(job: SearchJob) -> int:
 
 
 def _connect(section: ClusterSection) -> None:
+    if section.address != "local" and Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` asks for it then; other clusters do not mind
     import ray
 
     if ray.is_initialized():
@@ -155,7 +157,8 @@ def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"no Ray cluster at {address}: {reason}",
         need="a running cluster",
-        how="start one with `ray start --head`, or set cluster.address=local",
+        how="start one with `ray start --head`, or set cluster.address=local; if it asks for a token, copy the head's"
+        " ~/.ray/auth_token",
     )
 
 
