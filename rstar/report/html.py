@@ -134,8 +134,7 @@ def _header(found: Results) -> str:
         said += " The engine is simulated: these figures exercise the system and say nothing about a model."
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items() if v)
     return (
-        f"<h1>{escape(_name(found))}</h1><p class=lead>{escape(state)}. {escape(said)}</p>"
-        f"<dl class=facts>{items}</dl>"
+        f"<h1>{escape(_name(found))}</h1><p class=lead>{escape(state)}. {escape(said)}</p><dl class=facts>{items}</dl>"
     )
 
 
