@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rstar.store import index
+from tests.benchmarks.faults import running
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/rstar_math/quickstart.yaml"
@@ -185,7 +186,6 @@ def finished(folder: Path) -> set[str]:
 def test_driver_stops_at_a_safe_point_without_leaving_a_process(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    import psutil
 
     folder = tmp_path / "run"
     driver = subprocess.Popen(
@@ -206,7 +206,7 @@ def test_driver_stops_at_a_safe_point_without_leaving_a_process(
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == code, said
     assert shlex.join(["rstar", *evolve(folder)]) in said and "Traceback" not in said
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in children), 10)
+    wait_for(lambda: not any(map(running, children)), 10)
     kept = finished(folder)
     assert 0 < len(kept) < 20 and not (folder / "round_01" / "manifest.json").exists()
     assert json.loads((folder / "round_00" / "manifest.json").read_text())["stages"].keys() == {"base", "eval"}

@@ -570,14 +570,22 @@ def driver_killed(base: Path) -> Damage:
     driver.kill()
     driver.wait()
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: not any(map(psutil.pid_exists, family)), 10)
-    orphans = sum(map(psutil.pid_exists, family))
+        wait_for(lambda: not any(map(running, family)), 10)
+    orphans = sum(map(running, family))
     kept = index(shard)
     go_on = [*rstar, "search", config, "--round", "1", *settings, "engine.tokens_per_second=0"]
     subprocess.run(go_on, cwd=ROOT, env=offline, check=True, capture_output=True)
     trees = index(shard)
     again = sum(trees[name] != ref for name, ref in kept.items())
     return Damage(20 - len(trees), again, orphans)
+
+
+def running(pid: int) -> bool:
+    """Whether there is such a process that has not ended: a dead orphan stays listed until init looks for it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def slow_run(folder: Path) -> list[str]:
