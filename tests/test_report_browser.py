@@ -154,6 +154,7 @@ def test_preference_pairs_are_drawn_from_the_chosen_sibling_to_the_rejected_one(
 
     for _ in range(2):
         drawn = visit.page.locator("#tree svg.pairs")
+        drawn.wait_for(state="attached")  # a page hears of its new address after it has it
         assert drawn.count() == 1
         assert middle(drawn.locator("circle.over")) == pytest.approx(middle(visit.step(3)), abs=1)
         assert middle(drawn.locator("path.under")) == pytest.approx(middle(visit.step(4)), abs=1)
