@@ -51,7 +51,7 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
     from rstar.store import write_json
 
     stop_on_signals()
-    run, begun, ran = run_dir(config.run), time.monotonic(), 0
+    run, begun, ran, table = run_dir(config.run), time.monotonic(), 0, ""
     run.acquire()
     try:
         if options.repair:
@@ -69,8 +69,8 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
                     if stage.finished() is None:
                         _run_process(options, stage.round.number, stage.name)
                         ran += 1
-                        _refresh(run.path)
-        table = _refresh(run.path)
+                        table = _refresh(run.path)
+        table = table or _refresh(run.path)
     finally:
         run.release()
     print(("all done" if not ran else f"finished in {(time.monotonic() - begun) / 60:.1f} minutes") + "\n")

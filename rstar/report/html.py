@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from html import escape
@@ -23,7 +22,7 @@ from rstar.report.look import Look, look
 from rstar.report.results import Results, main_table, results
 from rstar.report.sample import Sample, sample_trees
 from rstar.rounds import RoundDir
-from rstar.store import sync_path
+from rstar.store import replacing
 
 
 def write_report(run: Path, *, trees: int = 12, ids: Sequence[str] = ()) -> Path:
@@ -36,13 +35,8 @@ def write_report(run: Path, *, trees: int = 12, ids: Sequence[str] = ()) -> Path
     looks, trouble = look(run, [one.number for one in found.rounds if one.number > 0])
     sample = sample_trees(run, looks, per_round=trees, ids=ids)
     path = run / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(page(found, looks, sample, trouble))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_path(run)
+    with replacing(path) as file:
+        file.write(page(found, looks, sample, trouble).encode("utf-8", "backslashreplace"))
     return path
 
 
