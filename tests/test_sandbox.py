@@ -426,18 +426,27 @@ def test_forbidden_system_calls_fail(box: Box, call: str) -> None:
     assert execution.stdout.split()[:1] == ["-1"], execution
 
 
+INHERITED = """
+import os
+found = []
+for descriptor in range(256):
+    try: found.append((descriptor, os.fstat(descriptor).st_mode & 0o170000))
+    except OSError: pass
+print([number for number, _ in found if number < 40], {kind for number, kind in found if number >= 40} <= {0o40000})
+"""  # from 40 on: library folders that the uid cannot reach by path
+
+
 def test_nothing_is_inherited_but_the_three_standard_descriptors_and_its_own_report(box: Box) -> None:
-    code = """
-    import os
-    found = []
-    for descriptor in range(256):
-        try: found.append((descriptor, os.fstat(descriptor).st_mode & 0o170000))
-        except OSError: pass
-    print([number for number, _ in found if number < 40], {kind for number, kind in found if number >= 40} <= {0o40000})
-    """
-    assert (
-        box.one(code).stdout == "[0, 1, 2, 3] True\n"
-    )  # from 40 on: library folders that the uid cannot reach by path
+    assert box.one(INHERITED).stdout == "[0, 1, 2, 3] True\n"
+
+
+def test_nothing_more_is_inherited_from_a_process_with_many_open_files(own_box: Callable[..., Box]) -> None:
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(60)]  # so the socket to the zygote has a high number
+    try:
+        assert own_box().one(INHERITED).stdout == "[0, 1, 2, 3] True\n"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def test_a_step_sees_no_other_step_through_the_frames_below_it(box: Box) -> None:

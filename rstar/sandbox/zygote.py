@@ -121,7 +121,8 @@ def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
     locks.drop_capabilities()
     unreachable = pin_libraries(roots, pinned)
     if not unreachable:
-        os.closerange(FIRST_LIBRARY_FD, locks.OPEN_FILES)
+        for descriptor in pinned:
+            os.close(descriptor)
     locks.limit_resources(setup.memory_bytes)
     locks.prctl(locks.PR_SET_NO_NEW_PRIVS, 1)
     locks.prctl(locks.PR_SET_DUMPABLE, 0)
@@ -136,7 +137,9 @@ def lock(setup: Setup) -> tuple[locks.Filter | None, int]:
 
 
 def main() -> None:
-    control = int(sys.argv[1])
+    given = int(sys.argv[1])  # its number is the supervisor's: as high as that one has files open
+    control = os.dup(given)  # the lowest that is free, among those that forks close
+    os.close(given)
     ready, filter_, entries = prepare(control)
     handle = template.start(filter_, entries)
     os.write(control, pack(ready))

@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 
 from rstar import evaluation, rounds, store
-from rstar.cluster import search_all
+from rstar.cluster import ray_session, search_all
 from rstar.config import ClusterSection, EngineSection
 from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
@@ -540,7 +540,7 @@ def load(base: Path, count: int, workers: int = 0) -> Damage:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 
     cluster = ClusterSection(address="local" if workers else "inline", workers=max(1, workers), cpus_per_worker=0.5)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), ray_session(cluster):
         search_all(job, (WorkItem(0, one) for one in problems(count)), cluster, on_done, make_worker=FaultyWorker)
     trees = index(folder)
     assert len(done) == len(set(done)) == len(trees) == count and all(ref.complete for ref in trees.values())
