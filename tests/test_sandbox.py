@@ -619,6 +619,22 @@ def test_nothing_is_left_after_closing() -> None:
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
+def test_under_memory_pressure_the_kernel_ends_steps_before_anything_else(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=1))
+
+    async def scores() -> list[int]:
+        session = box.sandbox.session()
+        running = asyncio.create_task(session.run(session.root, "while True: pass"))
+        await asyncio.sleep(0.4)
+        (zygote,) = [p for p in psutil.Process().children() if p.pid in {z.pid for z in box.sandbox._zygotes}]
+        found = [int(Path(f"/proc/{p.pid}/oom_score_adj").read_text()) for p in [zygote, *zygote.children(True)]]
+        await running
+        return found
+
+    ours = int(Path("/proc/self/oom_score_adj").read_text())
+    assert box.wait(scores()) == [1000] * 3 and ours < 1000  # the warden, the template, the step
+
+
 def test_zygotes_go_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -84,6 +86,36 @@ def test_search_is_complete_though_a_node_dies_in_its_middle(tmp_path: Path, two
     killer.join()
     assert sorted(s.problem_id for s in done) == complete(tmp_path) == [p.id for p in QUICKSTART]
     assert len(done) == 56, "a problem was counted twice"
+
+
+OWN = """
+import ray
+from rstar.cluster import ray_session
+from rstar.config import ClusterSection
+with ray_session(ClusterSection(address="local")):
+    print("own", ray.get_runtime_context().gcs_address, len(ray.nodes()))
+"""
+
+
+def test_a_local_ray_is_our_own_beside_a_strangers_on_its_usual_ports(two_nodes: object) -> None:
+    stranger = two_nodes.address  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as stack:
+        for port in (6379, 8265, 10001):
+            usual = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # taken by another already
+                usual.bind(("0.0.0.0", port))
+                usual.listen()
+        out = subprocess.run(
+            [sys.executable, "-c", OWN],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": stranger},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert out.returncode == 0, out.stderr
+    _, address, nodes = next(line for line in out.stdout.splitlines() if line.startswith("own")).split()
+    assert address != stranger and nodes == "1"
 
 
 def command_line(pid: int) -> str:

@@ -120,7 +120,7 @@ def _header(found: Results) -> str:
         "Training problems": _problems(found),
         "Machine": "; ".join(found.machines),
         "Settings digest": digest(found.settings),
-        "Written by": f"rstar {found.version}" if found.version else None,
+        "Written by": found.version or None,
         "Files of": _newest(found),
     }
     said = _warmup(found)

@@ -56,7 +56,7 @@ from rstar.types import Execution, ExecutionStatus, Generation, Problem, PromptT
 PARTS = ("expansions", "sandbox", "growth", "memory", "simulated", "engine", "hf")
 PROBLEMS_IN_FLIGHT = (1, 16, 64, 256)
 AT_ONCE, CANDIDATES, BATCH = 16, 4, 64  # of the real engines: requests in flight, samples of each, samples in a batch
-HF_REQUESTS = 32  # of a search, replayed by hf_over_generate: two batches
+HF_REQUESTS = 16  # of a search, every second one, replayed by hf_over_generate: one batch
 NOMINAL = 5000.0  # tokens/s of the simulated engine
 CHARACTERS = 1.52  # of arithmetic_script's text in a simulated token: makes steps of 40 tokens on average
 WORKED = (
@@ -428,7 +428,8 @@ def plain_generate(
 async def over_generate(folder: Path, repeats: int) -> dict[str, Any]:
     model = checkpoint(folder)
     policy = await cold("hf", model)
-    requests = (await searched(folder, policy, model, 40 * CANDIDATES * (HF_REQUESTS - AT_ONCE))).requests[:HF_REQUESTS]
+    found = await searched(folder, policy, model, 40 * CANDIDATES * HF_REQUESTS)  # enough: a sample has at most 64
+    requests = found.requests[: 2 * HF_REQUESTS : 2]
     from transformers import AutoModelForCausalLM
 
     tokenizer = policy.tokenizer
