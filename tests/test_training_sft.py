@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -264,16 +263,30 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
 
 
 def test_losses_are_reported_to_tensorboard_too(tiny_model: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     section = dataclasses.replace(QUICK, report_to=["tensorboard"])
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(UserError, match="pip install tensorboard"):
-            train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
-        return
     train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "p-tensorboard")).Reload()
+    events = accumulator.EventAccumulator(str(tmp_path / "p-tensorboard")).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(curve(tmp_path / "p"), abs=1e-5)
+
+
+def test_losses_are_reported_to_wandb_too(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb = pytest.importorskip("wandb")
+    section = dataclasses.replace(QUICK, report_to=["wandb"])
+    result = train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
+    logged = dict(wandb.run.summary)
+    wandb.teardown()  # as at the end of the stage's process
+    assert logged["train/loss"] == pytest.approx(result.last_loss) and logged["train/global_step"] == result.steps
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    section = dataclasses.replace(QUICK, report_to=["comet_ml"])
+    with pytest.raises(UserError, match="pip install comet_ml"):
+        train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)
 
 
 @pytest.mark.slow

@@ -525,7 +525,7 @@ class FaultyWorker(UnexecutedWorker):
 
 def load(base: Path, count: int, workers: int = 0) -> Damage:
     """`count` problems with FaultyWorkers, inline or (`workers`) on Ray: each is done once, in bounded memory."""
-    folder = fresh(base, f"load-{workers}")
+    folder = fresh(base, f"load-{count}-{workers}")
     (folder / "tried").mkdir()
     (folder / "tried" / "driver").write_text(str(os.getpid()))
     job = search_job(folder)
@@ -628,8 +628,9 @@ CASES: dict[str, Callable[[Path], Damage]] = {
 SLOW: dict[str, Callable[[Path], Damage]] = {
     "driver killed": driver_killed,
     "load inline": partial(load, count=10_000),
-    "load on Ray": partial(load, count=1_000, workers=2),  # a lost worker takes seconds to be replaced
+    "load on Ray": partial(load, count=1_000, workers=2),
 }
+LONG = {"long load on Ray": partial(load, count=10_000, workers=2)}  # a lost worker takes seconds to be replaced
 
 
 def write_cases(base: Path, *, every: bool) -> dict[str, Callable[[Path], Damage]]:
@@ -657,7 +658,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         undisturbed(base)
-        cases = {**write_cases(base, every=not options.quick), **CASES, **({} if options.quick else SLOW)}
+        cases = {**write_cases(base, every=not options.quick), **CASES, **({} if options.quick else SLOW | LONG)}
         cases = {title: case for title, case in cases.items() if options.only in title}
         for title, case in cases.items():
             try:
