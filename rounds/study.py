@@ -29,6 +29,11 @@ from rstar.store import write_json, write_rows
 from rstar.types import UserError
 
 HERE = Path(__file__).resolve().parent.parent
+SIZES = {
+    "tiny": ("rstar_math/tiny.yaml", "study-tiny"), "cpu": ("study/search.yaml", "study"),
+    "gpu": ("study/search_gpu.yaml", "study-gpu"),
+}  # fmt: skip
+"""Config and folder of runs."""
 RIVAL = ("search.method=sample", "extract.sft_by=random", "ppm.epochs=0")
 RIVAL_ROUND = ("search.use_ppm=false", "search.seeds=[0]", "search.escalate=[]", "search.second_pass=0")
 
@@ -51,7 +56,7 @@ class Study:
     seed: int
     runs: Path
     out: Path
-    tiny: bool
+    size: str = "cpu"  # of SIZES
 
     @property
     def overrides(self) -> list[str]:
@@ -128,7 +133,8 @@ class Study:
             shutil.copy(made / file, self.out / f"{name}-seed{self.seed}{Path(file).suffix}")
 
     def some(self, problems: int) -> list[str]:
-        return ["--limit", str(4 if self.tiny else problems)]
+        """So many held-out problems on CPU."""
+        return ["--limit", str({"tiny": 4, "cpu": problems, "gpu": 10 * problems}[self.size])]
 
 
 # -- the questions -----------------------------------------------------------------------------------------------------
@@ -267,7 +273,7 @@ def question_5(study: Study) -> None:
     """Accuracy by the number of trajectories."""
     run = study.searched()
     here = run.round(study.resolved().run.rounds)
-    many = "1,2" if study.tiny else "1,4,16"
+    many = {"tiny": "1,2", "cpu": "1,4,16", "gpu": "1,4,16,64"}[study.size]
     study.compare("5", [here.policy], "maj,mcts", many, "--ppm", here.ppm, *study.some(28))
 
 
@@ -277,7 +283,8 @@ QUESTIONS = {"1": question_1, "2": question_2, "3": question_3, "4": question_4,
 def main() -> None:
     """Answer the questions named on the command line."""
     parser = argparse.ArgumentParser(prog="rounds/study.sh")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", default="cpu")
+    parser.add_argument("--gpu", dest="size", action="store_const", const="gpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--out", type=Path)
@@ -287,20 +294,21 @@ def main() -> None:
     wanted = [word for word in options.what if "=" not in word] or list(QUESTIONS)
     if unknown := set(wanted) - set(QUESTIONS):
         raise UserError(f"question {', '.join(sorted(unknown))}", need=f"of {', '.join(QUESTIONS)}")
-    config = HERE / "configs" / ("rstar_math/tiny.yaml" if options.tiny else "study/search.yaml")
-    runs = (options.runs or HERE / "runs" / ("study-tiny" if options.tiny else "study")).resolve()
-    out = options.out or (runs / "results" if options.tiny else HERE / "rounds" / "results" / results_name())
+    config, folder = SIZES[options.size]
+    runs = (options.runs or HERE / "runs" / folder).resolve()
+    tiny = options.size == "tiny"
+    out = options.out or (runs / "results" if tiny else HERE / "rounds" / "results" / results_name(options.size))
     out.mkdir(parents=True, exist_ok=True)
     runs.mkdir(parents=True, exist_ok=True)
-    study = Study(str(config.relative_to(HERE)), settings, options.seed, runs, out.resolve(), options.tiny)
+    study = Study(f"configs/{config}", settings, options.seed, runs, out.resolve(), options.size)
     for name in wanted:
         QUESTIONS[name](study)
     print(f"results: {out}")
 
 
-def results_name() -> str:
+def results_name(size: str) -> str:
     """<date>-<machine>: the folder of an earlier day where this machine has one, so that a study is in one place."""
-    name = f"{machine()}-{os.cpu_count()}cores"
+    name = f"{machine()}-{os.cpu_count()}cores{'-gpu' * (size == 'gpu')}"
     earlier = sorted((HERE / "rounds" / "results").glob(f"*-{name}"))
     return earlier[-1].name if earlier else f"{date.today().isoformat()}-{name}"
 

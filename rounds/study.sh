@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does it make the model better? Six questions, each answered by a table with intervals and generated tokens.
+# Does it make the model better? Five questions, each answered by a table with intervals and generated tokens.
 #
-#   bash rounds/study.sh [--tiny] [--seed N] [--out FOLDER] [QUESTION ...] [key=value ...]
+#   bash rounds/study.sh [--tiny | --gpu] [--seed N] [--out FOLDER] [QUESTION ...] [key=value ...]
 #
 #   1   four rounds of search against plain expert iteration at equal tokens, from one base
 #   2   the last policy under the PPM of each round
@@ -13,6 +13,7 @@
 # Runs live in runs/study/; tables, JSON and the settings go to rounds/results/<date>-<machine>/ and can be committed.
 #
 #   --tiny    on a toy model, in minutes: shows that the script works, and nothing else
+#   --gpu     ten times the problems, for a CUDA GPU
 #   --seed N  other problems, another training order (default 0)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -71,7 +71,7 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[study.Study
     monkeypatch.setattr(study, "rstar", rstar)
     (tmp_path / "out").mkdir()
     settings = ("run.rounds=2",)
-    return study.Study("configs/rstar_math/tiny.yaml", settings, 3, tmp_path / "runs", tmp_path / "out", True), said
+    return study.Study("configs/rstar_math/tiny.yaml", settings, 3, tmp_path / "runs", tmp_path / "out", "tiny"), said
 
 
 def test_rival_generates_what_the_search_did_and_shares_its_warm_up(
@@ -122,3 +122,14 @@ def test_other_questions_compare_models_of_the_runs_and_keep_their_tables(
     ]  # fmt: skip
     kept = {path.name for path in one.out.glob("*.md")}
     assert kept == {f"{name}-seed3.md" for name in ("2-ppm1", "2-ppm2", "3", "3-pqm", "4", "5")}
+
+
+def test_every_size_has_its_config_and_the_gpus_has_more_problems() -> None:
+    heldout = {}
+    for size, (config, folder) in study.SIZES.items():
+        one = study.Study(f"configs/{config}", (), 0, Path(folder), Path("out"), size)
+        families = one.resolved().problems.families
+        heldout[size] = sum(family["heldout"] for family in families.values())
+        limit = one.some(56)
+        assert limit == ["--limit", {"tiny": "4", "cpu": "56", "gpu": "560"}[size]]
+    assert heldout["cpu"] == 210 and heldout["gpu"] == 700
