@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Round 4: policy-r3 and PPM-r3 search; problems still unsolved get 64, then 128 rollouts more.
+# Round 4: policy-r3 and PPM-r3 search; problems still unsolved get up to 64, then up to 128 rollouts more.
 # What is finished is skipped; the same command resumes.
 #
 #   bash rounds/round4.sh CONFIG.yaml [key=value ...]

@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluation.set_defaults(overrides=[])
     train = command(
-        "train", commands.train, "train one round's policy or PPM (CONFIG.yaml --round N), or one from rows or trees",
+        "train", commands.train, "train one round's policy, PPM or verifier (CONFIG.yaml --round N), or a policy or PPM from rows or trees",
         TRAIN_EXAMPLES, config=False,
     )  # fmt: skip
     train.add_argument("what", choices=("policy", "ppm", "verifier"))

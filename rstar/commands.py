@@ -40,6 +40,12 @@ def evolve(options: argparse.Namespace) -> int:
 
 def one_round(options: argparse.Namespace) -> int:
     module, config = load_options(options)
+    if options.number > config.run.rounds:
+        raise UserError(
+            f"round {options.number}",
+            need=f"0 to run.rounds={config.run.rounds}",
+            how=f"set run.rounds={options.number}",
+        )
     return _drive(options, module, config, [options.number])
 
 

@@ -120,7 +120,7 @@ class ProblemsSection:
     heldout_path: str = ""  # a file of its own for the held-out set
     families: dict[str, dict[str, Any]] = field(
         default_factory=dict
-    )  # reasoning_gym: level -> {family, count, heldout, settings}
+    )  # reasoning_gym: label -> {family, level, count, heldout, settings}
     levels: list[str] = field(default_factory=list)  # keep only these levels; empty: all
     decontaminate: list[str] = field(
         default_factory=list
@@ -144,11 +144,13 @@ class WarmupSection:
 
 @dataclass(frozen=True)
 class SearchSection:
-    """How a tree is grown (DESIGN section 5)."""
+    """How a tree is grown."""
 
     method: str = "mcts"  # mcts, beam, dvts, sample, flow
     rollouts: int = 16
-    escalate: list[int] = field(default_factory=list)  # problems without a correct answer go on by these many more
+    escalate: list[int] = field(
+        default_factory=list
+    )  # problems without a correct answer get this many rollouts beyond `rollouts`, in steps: [64, 128] adds 128 in all
     second_pass: int = 0  # rollouts of a fresh tree, with the next seed, for problems that are unsolved after all that
     candidates: int = 8  # samples per expansion
     answer_candidates: int = 0  # samples of the answer step, which mostly copies the printed output; 0: as candidates
@@ -269,7 +271,7 @@ class DpoSection:
 class EvalSection:
     """What each round is measured by, on the fixed held-out set."""
 
-    methods: list[str] = field(default_factory=lambda: ["greedy", "mcts"])  # greedy, sample, beam, mcts
+    methods: list[str] = field(default_factory=lambda: ["greedy", "mcts"])  # greedy, sample, beam, dvts, mcts
     problems: int = 0  # use the first N held-out problems; 0: all
     search_problems: int = 0  # the same for search methods
     samples: int = 8  # of method "sample": pass@k and maj@k

@@ -1,4 +1,4 @@
-"""Runs on disk: paths, stages, manifests, locks, resume (DESIGN section 7).
+"""Runs on disk: paths, stages, manifests, locks, resume.
 
 A run is a folder with one folder per round. A stage writes its outputs under temporary names, renames them, and its
 record into the round's manifest last; a stage whose record is there is complete and is skipped. The record keeps the

@@ -1,6 +1,6 @@
 """Node and Tree: structure, statistics, paths, and their flat rows on disk. The one thing that generation produces.
 
-A Tree is read and written by every stage; no stage keeps another form. The rows are those of DESIGN section 5: the tree
+A Tree is read and written by every stage; no stage keeps another form. Its rows: the tree
 first, then one row per node in creation order. A node is expanded when it has children, and exhausted when nothing
 below it can still be selected; both follow from the rows, so a tree can be saved in the middle of its search.
 """
@@ -181,7 +181,7 @@ class Tree:
         self.nodes = order
 
     def to_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of DESIGN section 5: the tree, then its nodes in creation order."""
+        """The tree, then its nodes in creation order."""
         yield {
             "schema": SCHEMA,
             "tree_id": self.tree_id,

@@ -75,7 +75,7 @@ class Execution:
 
 
 class TerminalReason(StrEnum):
-    """Why a node has no continuation (DESIGN section 5's table)."""
+    """Why a node has no continuation."""
 
     ANSWER = "answer"  # an answer step; reward +1/-1 from the grader in data generation
     CODE_ERROR = "code_error"  # its code failed; filtered, kept as a record, never backed up

@@ -51,7 +51,7 @@ def test_a_new_project_loads_and_its_plan_can_be_printed(
     assert cli.run(["evolve", str(folder / "config.yaml"), "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert f"{folder}/run: 2 training problems; 1 held out" in plan and "round 4" in plan
-    assert "guided by the PPM of round 3" in plan and "unsolved: +16 rollouts" in plan
+    assert "guided by the PPM of round 3" in plan and "unsolved: up to +16 rollouts" in plan
     assert not (folder / "run").exists() and str(folder / "config.yaml") in told[-1]
 
 
@@ -191,3 +191,10 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path: Path) -> None:
     script = f"{sys.executable} -m rstar status {run} | true; echo ${{PIPESTATUS[*]}}"
     out = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (out.stdout, out.stderr) == ("0 0\n", "")
+
+
+def test_round_that_the_config_does_not_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parent.parent / "configs" / "rstar_math" / "tiny.yaml"
+    assert cli.run(["round", "3", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "round 3" in said and "run.rounds=2" in said and "run.rounds=3" in said

@@ -262,6 +262,13 @@ def test_deviation_o11_evidence_that_comes_first_counts() -> None:
     assert strategy_of("hm, Step 1: no\n#### 1", evidence) == ""
 
 
+@pytest.mark.parametrize("name", ["teacher", "weaker_teacher"])
+def test_a_teacher_without_an_address_is_found_before_anything_is_trained(name: str, tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path}", f"{name}.engine.kind=openai", f"orca.strategies={STRATEGIES}"]
+    with pytest.raises(UserError, match=f"^{name}.engine.url= "):
+        orca2.check(load(orca2.Config, CONFIGS / "tiny.yaml", overrides))
+
+
 # -- a whole run -----------------------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,12 @@ def test_dry_run_prints_four_rounds_without_model_network_or_data(
         2: ["DeepSeek-Coder-V2-Instruct (openai)", "8 rollouts, 5 candidates, T 0.7", "terminals only", "pass of 16"],
         3: ["16 rollouts, 8 candidates", "policy: round 1", "terminals only"],
         4: ["PPM of round 2", "PPM scores"],
-        5: ["2 seeds [0, 1] x 16 rollouts, 16 candidates", "unsolved: +64, then +128", "PPM of round 3", "to do"],
+        5: [
+            "2 seeds [0, 1] x 16 rollouts, 16 candidates",
+            "unsolved: up to +64, then up to +128",
+            "PPM of round 3",
+            "to do",
+        ],
     }.items():
         assert all(word in rounds[number] for word in words), rounds[number]
     assert "747,000 training problems by problems.limit" in text and "500 held out" in text
@@ -147,8 +152,9 @@ def test_fewer_problems_for_searches_hold_for_every_search_and_for_nothing_else(
 
 
 def test_problem_counts_of_sources_that_are_not_there(tmp_path: Path) -> None:
-    counts = problem_counts(ProblemsSection(name="gsm8k", heldout=7))
+    counts = problem_counts(ProblemsSection(name="gsm8k", split="test", heldout=7))
     assert counts[:2] == (1319, 7) and "hub" in counts[2]
+    assert problem_counts(ProblemsSection(name="gsm8k"))[0] == 0, "1,319 is the size of another split"
     assert problem_counts(ProblemsSection(name="gsm8k", limit=50))[0] == 50
     assert "set problems.limit" in problem_counts(ProblemsSection(name="file", path=str(tmp_path / "no.jsonl")))[2]
     path = tmp_path / "x.jsonl"

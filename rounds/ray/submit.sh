@@ -4,7 +4,7 @@
 #
 #   bash rounds/ray/submit.sh [--rounds "1 2"] CONFIG.yaml [key=value ...]
 #
-# --rounds                which rounds, in order (default "0 1 2 3 4")
+# --rounds                which rounds, in order (default "0 1 2 3 4": name them where run.rounds is less)
 # RAY_DASHBOARD_ADDRESS   the head's dashboard, from ray[default] (default http://127.0.0.1:8265)
 set -euo pipefail
 . "$(dirname "$0")/../launch.sh"

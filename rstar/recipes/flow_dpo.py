@@ -83,7 +83,7 @@ def check(config: Config) -> ProblemSet:
     from rstar.tokens import check_tokenizer, load_tokenizer
 
     if importlib.util.find_spec("peft") is None:
-        raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install 'rstar[lora]'")
+        raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install -e '.[lora]'")
     if config.search.method != "flow" or config.search.seeds != [0]:
         raise UserError(f"search.method={config.search.method}, seeds={config.search.seeds}", need="flow, seeds=[0]")
     if config.engine.kind not in ("hf", "vllm"):

@@ -97,6 +97,14 @@ def check(config: Config) -> ProblemSet:
         strategies.candidates(task)
     if config.weaker.epochs and not strategies.messages:
         raise UserError(f"{config.orca.strategies} has no messages", need="some, or weaker.epochs=0")
+    for name, one in (("teacher", config.teacher), ("weaker_teacher", config.weaker_teacher)):
+        asked = name == "teacher" or config.weaker.epochs
+        if asked and one.engine.kind == "openai" and not (one.engine.url and one.engine.model):
+            raise UserError(
+                f"{name}.engine.url={one.engine.url} {name}.engine.model={one.engine.model}",
+                need="the address and the model of a server",
+                how=f"set both, or {name}.engine=hf",
+            )
     heldout_problems(config.eval.benchmarks, problems, config.eval.problems)
     base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)

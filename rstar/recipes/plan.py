@@ -94,7 +94,8 @@ def problem_counts(section: ProblemsSection) -> tuple[int, int, str]:
     stem = Path(section.heldout_path).stem
     heldout = BENCHMARKS[stem].size if stem in BENCHMARKS else section.heldout
     why = f"{section.name} is read from the hub" if hub else f"{missing[0]} is not there"
-    size = section.limit or (BENCHMARKS[section.name].size if hub else 0)
+    published = hub and section.split == BENCHMARKS[section.name].split  # its other splits' sizes are not known here
+    size = section.limit or (BENCHMARKS[section.name].size if published else 0)
     if not size:
         return 0, heldout, f"an unknown number of training problems ({why}; set problems.limit)"
     named = "problems.limit" if section.limit else "the benchmark's published size"
@@ -161,7 +162,11 @@ def _details(
                 f"{count(train)} problems x {len(search.seeds)} seed{'s' * (len(search.seeds) > 1)} "
                 f"{search.seeds} x {search.rollouts} rollouts, {search.candidates} candidates, "
                 f"T {search.temperature:g}, depth {search.max_depth}",
-                *([f"unsolved: +{', then +'.join(map(str, search.escalate))} rollouts"] if search.escalate else []),
+                *(
+                    [f"unsolved: up to +{', then up to +'.join(map(str, search.escalate))} rollouts"]
+                    if search.escalate
+                    else []
+                ),
                 *([f"still unsolved: a second pass of {search.second_pass}"] if search.second_pass else []),
                 f"{source}: {count(round(cost.tokens))} tokens in {count(round(cost.calls))} engine calls{scored}",
             ], cost.tokens

@@ -21,7 +21,9 @@ def train_from_files(options: Namespace) -> str:
     Settings are those of options.config, else the paper's. Returns what came out, in words.
     """
     what, source, output = options.what, Path(options.source), Path(options.out)
-    if not (options.model and options.out) or what == "verifier":
+    if what == "verifier":
+        raise UserError(f"rstar train verifier {source}", need="a CONFIG.yaml of recipe outcome_verifier")
+    if not (options.model and options.out):
         raise UserError(f"rstar train {what} {source}", need="--model and --out, or a CONFIG.yaml")
     from rstar.training.data import read_rows
     from rstar.training.ppm import row_kind, train_ppm

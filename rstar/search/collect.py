@@ -1,4 +1,4 @@
-"""Many problems at once: a SearchWorker is engines + scorer + sandbox + event loop on one node (DESIGN section 7).
+"""Many problems at once: a SearchWorker is engines + scorer + sandbox + event loop on one node.
 
 It takes problems and appends trees to its own shard; what comes back is a small summary. A coroutine per tree submits
 and awaits, the engine batches.

