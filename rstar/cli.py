@@ -171,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluation.set_defaults(overrides=[])
     train = command(
-        "train", commands.train, "train one round's policy, PPM or verifier (CONFIG.yaml --round N), or a policy or PPM from rows or trees",
+        "train", commands.train,
+        "train a round's policy, PPM or verifier (CONFIG.yaml --round N), or a policy or PPM from files",
         TRAIN_EXAMPLES, config=False,
     )  # fmt: skip
     train.add_argument("what", choices=("policy", "ppm", "verifier"))

@@ -21,8 +21,8 @@ D5  all distinct answer siblings are kept; C keeps the first finished candidate 
 D6  PPM scores are tanh(raw / 5) and the loss is on raw scores, as in C; P has tanh in the head: ppm.tanh_in_loss=true,
     ppm.score_scale=1.
 D7  one PPM epoch as in P; C's README says two: ppm.epochs=2.
-D8  step pairs need a Q margin of 0.5 and an edit distance of 20 characters, as in C; P names neither: extract.min_margin=0,
-    extract.min_edit_distance=0. C's comparison of greedy continuations is left out.
+D8  step pairs need a Q margin of 0.5 and an edit distance of 20 characters, as in C; P names neither:
+    extract.min_margin=0, extract.min_edit_distance=0. C's comparison of greedy continuations is left out.
 D9  final-answer pairs across trajectories as in P, whose chosen answer has the higher mean Q; C has no path for them:
     extract.answer_pairs=false.
 D10 the answer of several trajectories is reported by top score (P), by majority of the top eval.top_k (C) and
@@ -40,9 +40,9 @@ D16 rows of solutions that bootstrap.model wrote carry the prompt of the model t
     as C does. No switch: the policy would never see that prompt again.
 D17 SFT rows that share a prefix count in full, a shared step once per row that holds it, as in P and C (the prefix is
     computed once: sft.tree_packing=false computes it for each row and gives the same loss).
-D18 synthetic answers agree when they are the same number or the same text but for spacing, case, dollar signs, brackets'
-    sizes and a final dot; P does not say how it compares the 10 solutions: problems.min_agreement=0 keeps the most
-    frequent answer whatever its votes, unless it is tied.
+D18 synthetic answers agree when they are the same number or the same text but for spacing, case and the marks of
+    LaTeX; P does not say how it compares the 10 solutions: problems.min_agreement=0 keeps the most frequent answer
+    whatever its votes, unless it is tied.
 D19 extraction reads the trees of several seeds as one, merged by prefix, so that siblings of all seeds face each other;
     P does not say: extract.merge_seeds=false.
 D20 P keeps a step only where its code runs; search.drop_failed_steps=false keeps it, without output, for comparison.
