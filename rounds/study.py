@@ -21,10 +21,11 @@ from typing import Any
 
 from rstar.config import digest, to_dict
 from rstar.evaluation import Measure, Paired, bootstrap, paired
+from rstar.machine import software, this_machine
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.report.results import count, measure
-from rstar.rounds import RunDir, this_machine
+from rstar.rounds import RunDir
 from rstar.store import write_json, write_rows
 from rstar.types import UserError
 
@@ -163,7 +164,7 @@ def question_1(study: Study) -> None:
         "config": study.config,
         "settings": to_dict(config),
         "settings_digest": digest(to_dict(config)),
-        "machine": this_machine().partition(", ")[2],
+        "machine": f"{this_machine().partition(', ')[2]}, {software()}",
         "rounds": rows,
         "paired": {name: asdict(test) for name, test in tests.items()},
         "families": families,

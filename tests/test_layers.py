@@ -16,7 +16,7 @@ LAYERS = {
     "tokens": 2, "store": 2, "grading": 2,
     "engines": 3, "warmup": 3, "ray_training": 3,
     "search": 4, "extract": 4, "training": 4,
-    "evaluation": 5, "rounds": 5,
+    "evaluation": 5, "rounds": 5, "machine": 1,
     "cluster": 6, "stopping": 6, "report": 6,
     "recipes": 7, "status": 7, "init": 7,
     "comparison": 8, "doctor": 8,
