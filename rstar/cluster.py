@@ -94,6 +94,9 @@ def search_all(
 
     `items` is read as problems are leased, so a stream of any length takes no memory here.
     """
+    for name, number in (("cluster.workers", section.workers), ("search.trees_in_flight", in_flight(job))):
+        if number < 1:
+            raise UserError(f"{name}={number}", need="at least 1")
     if section.address == "inline":
         section, workers = replace(section, workers=1), _workers
     else:

@@ -237,7 +237,7 @@ class RunDir:
 
     def _tidy(self) -> None:
         """Remove what a killed driver left: files half written, and the start notes of stages it had just recorded."""
-        for path in list(self.path.glob(f"round_*/**/*{TEMPORARY}")):
+        for path in [*self.path.glob(f"*{TEMPORARY}"), *self.path.glob(f"round_*/**/*{TEMPORARY}")]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -282,7 +282,7 @@ def _no_room(error: Exception) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that gets the name `path`, in place of what has it, when the block ends well; else nothing changes."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")  # `rstar report` may run beside the driver
     try:
         with room_for(path):
             with temporary.open("wb") as file:

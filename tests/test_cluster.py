@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -318,3 +319,15 @@ def test_search_goes_on_behind_a_loss_without_double_work(tmp_path: Path) -> Non
     search_all(job(tmp_path), items(PROBLEMS[:4]), ClusterSection(), done.append, make_worker=LateWorker)
     assert sorted(s.problem_id for s in done) == [p.id for p in PROBLEMS[:4]]
     assert sum(len(scan(path).frames) for path in tmp_path.glob("trees-*")) == 4
+
+
+@pytest.mark.parametrize("wrong", ["cluster.workers=0", "search.trees_in_flight=0"])
+def test_nobody_to_search_or_nothing_at_once_is_refused(wrong: str, tmp_path: Path) -> None:
+    none = job(tmp_path)
+    if "trees" in wrong:
+        none = replace(
+            none, passes=(replace(none.passes[0], search=replace(none.passes[0].search, trees_in_flight=0)),)
+        )
+    section = ClusterSection(workers=0 if "workers" in wrong else 1)
+    with pytest.raises(UserError, match=f"^{wrong}; need at least 1"):
+        search_all(none, items(), section, print)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rstar.config import DpoSection, EngineSection
+from rstar.engines.base import ContextOverflow
 from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
@@ -37,7 +38,7 @@ from rstar.search.flow import flow
 from rstar.store import read_trees
 from rstar.training.dpo import AdapterTrainer, dpo_losses, encode_pair
 from rstar.tree import Tree
-from rstar.types import PreferenceRow, Problem, PromptText, SamplingParams, TerminalReason, UserError
+from rstar.types import Generation, PreferenceRow, Problem, PromptText, SamplingParams, TerminalReason, UserError
 from tests.fakes import LiteralSession, answer, exact_grade, finish, problem, step
 
 CONFIG = "configs/flow_dpo/tiny.yaml"
@@ -147,6 +148,28 @@ def test_an_empty_piece_ends_the_flow_and_an_unreadable_word_is_a_no() -> None:
     tree = grow(script, deviations=False)
     assert [n.text for n in tree.nodes[1:]] == ["answer: 1", "No", ""] and tree.solved
     assert tree.nodes[2].meta["written"] == "Maybe" and tree.nodes[2].logprob is None
+
+
+@pytest.mark.parametrize("full", range(1, 6))
+def test_a_full_context_ends_that_flow_and_no_stage(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call it is at: of the Answer model, of the Stop model, in the base chain or in a deviation."""
+    generate, seen = SimulatedPolicy.generate, dict[str, None]()
+
+    async def overflowing(self: SimulatedPolicy, prompt: PromptText, params: SamplingParams) -> list[Generation]:
+        seen.setdefault(prompt.text)
+        if list(seen).index(prompt.text) == full - 1:
+            raise ContextOverflow("3 tokens of prompt", need="room", how="less")
+        return await generate(self, prompt, params)
+
+    monkeypatch.setattr(SimulatedPolicy, "generate", overflowing)
+    tree = grow(worked)
+    assert len(seen) >= full and tree.rollouts_done and flow_outcome(tree).chunks >= 0
+    ends = [node for node in tree.nodes if not node.children]
+    assert ends and all(node.terminal is not None and node.reward is not None for node in ends)
+    assert all(row.chosen and row.rejected for row in flow_pairs(tree))
+    if full == 1:
+        (end,) = ends  # no deviation has room either
+        assert (end.terminal, end.reward, end.text) == (TerminalReason.DEAD_END, -1.0, "")
 
 
 def test_code_steps_flow_too_and_end_with_the_answer_step() -> None:

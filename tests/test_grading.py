@@ -194,3 +194,18 @@ def test_the_reference_of_a_fraction_may_be_any_printed_float():
         value = Fraction(n, 7)
         expected = value.denominator != 1 or float(value).is_integer()
         assert is_equivalent_fast(repr(n / 7), f"{value.numerator}/{value.denominator}") is expected
+
+
+@pytest.mark.parametrize("reference", ["\\sqrt{2}", "5", "10^{400}\\sqrt{2}", "\\frac{1}{3}", "1e400"])
+@pytest.mark.parametrize(
+    "answer", ["7.88657867364791e+374", "1." + "4" * 400, "9" * 320 + ".5", "1.4142135623731", "1e-400"]
+)
+def test_numbers_beyond_floats_are_graded_like_others(answer: str, reference: str) -> None:
+    """str(sympy.N(factorial(200))) is a natural thing to print."""
+    right = answer.startswith("1.4142") and reference == "\\sqrt{2}"
+    assert is_equivalent_fast(answer, reference) is right and is_equivalent_fast(answer, answer) is True
+
+
+@pytest.mark.parametrize("text", ["2^{15000}", "10^{4500}", "1e5000", "2^{-15000}", "\\frac{1}{10^{5000}}"])
+def test_numbers_that_python_will_not_write_keep_their_spelling(text: str) -> None:
+    assert normalise(text) == text

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from rstar.config import SandboxSection
 from rstar.sandbox import NO_LOCKS, Host, Sandbox, SandboxError, Session, checks, locks, probe
 from rstar.sandbox.checks import attack
 from rstar.sandbox.levels import level_of
+from rstar.sandbox.process import MAIN
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Problem, UserError
 from tests.benchmarks.sandbox import parking, prefix_costs
@@ -531,6 +533,108 @@ def test_a_killed_zygote_is_rebuilt_and_its_step_started_again(own_box: Callable
     assert box.sandbox.zygote_pids() != [old]
 
 
+def test_zygotes_that_die_while_nothing_runs_are_rebuilt_and_counted(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=2))
+
+    async def idle() -> None:
+        for pid in box.sandbox.zygote_pids():
+            os.kill(pid, signal.SIGKILL)
+        while box.sandbox.zygote_pids():
+            await asyncio.sleep(0.02)
+
+    box.wait(idle())
+    assert box.wait(asyncio.wait_for(box.sandbox.run_limited("print(1)", 1.0), 30)).stdout == "1\n"
+    assert (box.sandbox.counts.infrastructure_failures, box.sandbox.counts.retries) == (2, 0)
+
+
+def test_a_grading_zygote_that_dies_while_nothing_is_graded_is_rebuilt(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=1))
+
+    def echoed() -> str:
+        asked = box.sandbox.call("echo", "heard", cpu_seconds=1.0, wall_seconds=5.0)
+        return box.wait(asyncio.wait_for(asked, 60)).stdout
+
+    assert echoed() == "heard" and box.sandbox._grading is not None
+    [old] = box.sandbox._grading.zygotes
+    os.kill(old.pid, signal.SIGKILL)
+    while old.alive:
+        box.wait(asyncio.sleep(0.02))
+    assert echoed() == "heard"
+    assert box.sandbox.counts.infrastructure_failures == 1
+
+
+def test_a_zygote_that_is_not_ready_in_time_is_the_infrastructures_failure(
+    own_box: Callable[..., Box], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rstar.sandbox.process.START_SECONDS", 0.01)
+    with pytest.raises(SandboxError, match=r"did not start: zygote .* was not ready after 0.01 s"):
+        own_box()
+
+
+def test_a_step_that_the_kernel_ends_is_run_again_and_counted(own_box: Callable[..., Box]) -> None:
+    """No step can send itself SIGKILL: where the warden did not either, the machine was out of memory."""
+    box = own_box(section=replace(SECTION, processes=1))
+    [zygote] = box.sandbox.zygote_pids()
+
+    async def killed(times: int) -> Execution:
+        session = box.sandbox.session()
+        running = asyncio.create_task(session.run(session.root, "import time\ntime.sleep(0.6)\nprint('done')"))
+        known = {one.pid for one in psutil.Process(zygote).children()}
+        for _ in range(times):
+            while not (new := {one.pid for one in psutil.Process(zygote).children()} - known):
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
+            known |= new
+            for pid in new:
+                os.kill(pid, signal.SIGKILL)
+        return (await running)[1]
+
+    once, twice = box.wait(killed(1)), box.wait(killed(2))
+    assert (once.status, once.stdout) == (ExecutionStatus.OK, "done\n")
+    assert (twice.status, twice.error) == (ExecutionStatus.MEMORY, "killed by the kernel, out of memory")
+    assert box.sandbox.counts.infrastructure_failures == 3 and box.sandbox.zygote_pids() == [zygote]
+
+
+def test_time_in_which_the_whole_machine_stood_still_is_no_steps_time(own_box: Callable[..., Box]) -> None:
+    box = own_box(section=replace(SECTION, processes=1, wall_seconds=1.0))
+    [zygote] = box.sandbox.zygote_pids()
+
+    async def frozen() -> Execution:
+        session = box.sandbox.session()
+        running = asyncio.create_task(session.run(session.root, "import time\ntime.sleep(0.5)\nprint('done')"))
+        await asyncio.sleep(0.2)
+        everything = [psutil.Process(zygote), *psutil.Process(zygote).children(recursive=True)]
+        for one in everything:
+            one.suspend()
+        await asyncio.sleep(2.5)
+        for one in everything:
+            one.resume()
+        return (await running)[1]
+
+    execution = box.wait(frozen())
+    assert (execution.status, execution.stdout) == (ExecutionStatus.OK, "done\n"), execution
+
+
+def test_a_zygote_whose_supervisor_dies_before_its_first_message_leaves() -> None:
+    ours, theirs = socket.socketpair()
+    zygote = subprocess.Popen(
+        [sys.executable, "-c", MAIN, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=Path(__file__).parents[1]
+    )
+    theirs.close()
+    ours.close()
+    assert zygote.wait(60) == 0
+
+
+def test_a_path_to_shared_libraries_reaches_the_interpreter_and_no_step(
+    own_box: Callable[..., Box], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    box = own_box(section=replace(SECTION, processes=1))
+    started = Path(f"/proc/{box.sandbox.zygote_pids()[0]}/environ").read_bytes()
+    assert f"LD_LIBRARY_PATH={tmp_path}".encode() in started
+    assert box.one("import os\nprint(os.environ.get('LD_LIBRARY_PATH'))").stdout == "None\n"
+
+
 def test_a_zygote_whose_template_died_is_rebuilt(own_box: Callable[..., Box]) -> None:
     box = own_box(section=replace(SECTION, processes=1))
     [old] = box.sandbox.zygote_pids()
@@ -631,8 +735,7 @@ def test_under_memory_pressure_the_kernel_ends_steps_before_anything_else(own_bo
         await running
         return found
 
-    ours = int(Path("/proc/self/oom_score_adj").read_text())
-    assert box.wait(scores()) == [1000] * 3 and ours < 1000  # the warden, the template, the step
+    assert box.wait(scores()) == [1000] * 3  # the warden, the template, the step
 
 
 def test_zygotes_go_when_their_supervisor_is_killed(tmp_path: Path) -> None:

@@ -238,3 +238,17 @@ def test_unknown_schema_is_a_user_error() -> None:
     rows[0]["schema"] = 99
     with pytest.raises(UserError, match="schema 99"):
         Tree.from_rows(rows)
+
+
+def test_two_processes_that_replace_one_file_leave_one_of_their_texts(tmp_path: Path) -> None:
+    """`rstar report` beside the driver, which refreshes the report itself."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom rstar.store import replacing\n"
+        "for _ in range(150):\n"
+        "    with replacing(Path(sys.argv[1])) as file:\n"
+        "        for _ in range(20): file.write(sys.argv[2].encode() * 1000)"
+    )
+    path = tmp_path / "report.html"
+    both = [subprocess.Popen([sys.executable, "-c", code, str(path), letter]) for letter in "ab"]
+    assert [one.wait(120) for one in both] == [0, 0]
+    assert path.read_bytes() in (b"a" * 20_000, b"b" * 20_000) and list(tmp_path.iterdir()) == [path]

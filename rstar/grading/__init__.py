@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Grader", "extract_answer", "is_equivalent_fast", "normalise"]
 
+MAX_BITS = 14_000  # of an integer that Python writes in decimal: it refuses more than 4,300 digits
 SYMBOLIC_CPU_SECONDS = 2.0  # usual gradings take a twentieth of it
 
 
@@ -49,7 +50,7 @@ def normalise(text: str) -> str:
     cleaned = clean(text)
     forms = readings(cleaned)
     number = forms[0].value.rational() if forms[0].value is not None else None
-    if number is not None and len(forms) == 1:
+    if number is not None and len(forms) == 1 and number.numerator.bit_length() < MAX_BITS:
         return str(number) if number.denominator == 1 or number.denominator < 10**9 else cleaned
     return cleaned
 

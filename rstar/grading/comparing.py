@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 
 from rstar.grading.exact import Hopeless
 from rstar.grading.forms import TEXT, Form, Kind
@@ -63,7 +65,9 @@ def _stands_for(answer: Form, reference: Form) -> bool:
     exact, wanted, known = answer.value.rational(), reference.value.real(), reference.value.rational()
     if exact is None or wanted is None or (known is not None and known.denominator == 1):
         return False
-    error = abs(exact - known) if known is not None else abs(float(exact) - wanted)
+    if not math.isfinite(wanted) or not math.isfinite(answer.last_place):
+        return False
+    error = abs(exact - (known if known is not None else Fraction(wanted)))
     return error < 0.999 * answer.last_place or (answer.digits >= FLOAT_DIGITS and error <= FLOAT_ERROR * abs(wanted))
 
 

@@ -128,7 +128,7 @@ def _number(text: str) -> Form:
     if "." not in text:
         return Form(Kind.VALUE, text, value=value)
     mantissa, _, exponent = text.lower().partition("e")
-    last_place = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    last_place = float(f"1e{int(exponent or 0) - len(mantissa.partition('.')[2])}")  # too large: inf, as is the error
     digits = len(mantissa.replace(".", "").lstrip("+-0"))
     return Form(Kind.VALUE, text, value=value, digits=digits, last_place=last_place)
 

@@ -35,8 +35,9 @@ def write_report(run: Path, *, trees: int = 12, ids: Sequence[str] = ()) -> Path
     looks, trouble = look(run, [one.number for one in found.rounds if one.number > 0])
     sample = sample_trees(run, looks, per_round=trees, ids=ids)
     path = run / "report.html"
+    text = page(found, looks, sample, trouble).encode("utf-8", "backslashreplace")
     with replacing(path) as file:
-        file.write(page(found, looks, sample, trouble).encode("utf-8", "backslashreplace"))
+        file.write(text)
     return path
 
 

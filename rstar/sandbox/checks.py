@@ -51,6 +51,17 @@ def _attacks(secret_file: str, folder: str) -> list[_Attack]:
     target = os.path.join(folder, "written")
     return [
         _Attack("network", "import socket\nsocket.socket()", _DENIED),
+        _Attack(
+            "send to a socket's path",
+            "import socket\nsocket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', '/run/systemd/journal/socket')",
+            _DENIED,
+        ),
+        _Attack(
+            "let a step read Python's libraries (if not: chmod -R a+rX their folders)",
+            "from importlib.machinery import PathFinder\n"
+            "for name in ('wave', 'sympy'): open(PathFinder.find_spec(name).origin).read(1)",
+            _status(ExecutionStatus.OK),
+        ),
         _Attack("read a file", f"print(open({secret_file!r}).read())", _DENIED),
         _Attack("list a folder", f"import os\nprint(os.listdir({folder!r}))", _DENIED),
         _Attack("write a file", f"import os\nos.open({target!r}, os.O_WRONLY | os.O_CREAT)", _DENIED),
@@ -118,7 +129,7 @@ async def require_locks(sandbox: Sandbox) -> None:
         what = "; ".join(f"{check.name} gave {check.detail}" for check in failed)
         raise UserError(
             f"the sandbox does not hold on this host: {what}",
-            need="every self-check to be denied",
+            need="every self-check to hold",
             how="see `rstar doctor`; nothing was run",
         )
 

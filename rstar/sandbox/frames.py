@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rstar.types import Execution, ExecutionStatus
 
+KERNEL_KILLED = "kernel"  # a reply's status where the kernel ended a fork, out of memory: an answer to nothing
 LENGTHS = struct.Struct("=II")  # bytes of the header, bytes of the body
 MAX_HEADER, MAX_BODY = 64 << 20, 64 << 20
 
@@ -63,7 +64,7 @@ class Reply:
     """How it ended; the body holds what was printed."""
 
     id: int
-    status: str = "ok"  # a value of ExecutionStatus
+    status: str = "ok"  # a value of ExecutionStatus, or KERNEL_KILLED
     error: str = ""
     cpu_ms: float = 0.0  # of the new code alone
     prefix_cpu_ms: float = 0.0

@@ -87,6 +87,8 @@ class ZygoteProcess:
         if self._prefix:
             command = [*self._prefix, "--info-fd", str(info_write), "--chdir", "/", "--", *command]
         environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
+        if libraries := os.environ.get("LD_LIBRARY_PATH"):
+            environment["LD_LIBRARY_PATH"] = libraries  # Python itself may need it to start
         try:
             self._process = subprocess.Popen(
                 command,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from rstar.sandbox import locks, step
-from rstar.sandbox.frames import Reply, Request, pack, take
+from rstar.sandbox.frames import KERNEL_KILLED, Reply, Request, pack, take
 from rstar.sandbox.template import Template
 
 PIPE_CHUNK = 1 << 14
@@ -26,6 +26,8 @@ LOOK_AFTER = 0.01  # seconds; most forks are done by then, and their pipes need 
 REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
 BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
+LOOK_UP = 0.25  # seconds; the warden sleeps no longer while forks run, so that it sees when it stood still
+STOOD_STILL = 1.0  # seconds that the warden slept past what it asked for
 WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
 
 
@@ -73,7 +75,7 @@ class Server:
 
     def serve(self) -> NoReturn:
         while True:
-            for descriptor, events in self._poll.poll(self._patience()):
+            for descriptor, events in self._waited(self._patience()):
                 if descriptor == self._control:
                     self._send()
                     if events & ~select.POLLOUT:
@@ -86,11 +88,22 @@ class Server:
                     self._read(descriptor, self._pipes[descriptor])
             self._enforce()
 
+    def _waited(self, patience: float | None) -> list[tuple[int, int]]:
+        """What poll found. While a machine stands still (a frozen cgroup, a laptop's lid) no fork's time runs."""
+        asked = time.monotonic()
+        found = self._poll.poll(patience)
+        stood = time.monotonic() - asked - (patience or 0.0) / 1e3
+        if patience is not None and stood > STOOD_STILL:
+            for fork in self._forks.values():
+                fork.started, fork.wall_end = fork.started + stood, fork.wall_end + stood
+                fork.sampled = (fork.sampled[0] + stood, fork.sampled[1])
+        return found
+
     def _patience(self) -> float | None:
         if not self._forks:
             return None
         earliest = min(fork.next_check for fork in self._forks.values())
-        return math.ceil(max(0.0, earliest - time.monotonic()) * 1000)
+        return math.ceil(min(LOOK_UP, max(0.0, earliest - time.monotonic())) * 1000)
 
     # Requests
 
@@ -261,10 +274,12 @@ def _reply(fork: Fork, status: int, cpu: float) -> Reply:
     if fork.verdict:
         verdict, text, claimed = fork.verdict, fork.reason, cpu
     elif code < 0:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         verdict, text, claimed = "killed", f"killed by {name}", cpu
         if -code == signal.SIGKILL:  # no step can send it and the warden did not: the kernel was out of memory
-            verdict, text = "memory", "killed by the kernel, out of memory"
+            verdict, text = KERNEL_KILLED, "killed by the kernel, out of memory"
+            if cpu >= fork.cpu_seconds + fork.prefix_allowance:  # or past RLIMIT_CPU, and the warden came too late
+                verdict, text = "timeout", f"used {fork.cpu_seconds:g} s of CPU time"
         elif -code == signal.SIGXCPU:
             verdict, text = "timeout", f"used {fork.cpu_seconds:g} s of CPU time"
     elif code != 0 or kind not in known:

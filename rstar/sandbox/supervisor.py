@@ -7,13 +7,13 @@ import logging
 import os
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rstar.sandbox import levels, locks, preload
 from rstar.sandbox.entries import ENTRIES
-from rstar.sandbox.frames import Ready, Reply, Request, Setup
+from rstar.sandbox.frames import KERNEL_KILLED, Ready, Reply, Request, Setup
 from rstar.sandbox.process import ZygoteLost, ZygoteProcess
 from rstar.types import Execution, ExecutionStatus, UserError
 
@@ -81,8 +81,8 @@ class Session:
 class Pool:
     """Zygotes of one kind. Hands out places on them, evenly; replaces one that is lost."""
 
-    def __init__(self, setup: Setup, size: int, prefix: Sequence[str]) -> None:
-        self._setup, self._prefix = setup, prefix
+    def __init__(self, setup: Setup, size: int, prefix: Sequence[str], counts: Counts) -> None:
+        self._setup, self._prefix, self._counts = setup, prefix, counts
         self.zygotes: list[ZygoteProcess] = []
         self._size = size
         self._waiting: deque[asyncio.Future[ZygoteProcess]] = deque()
@@ -96,6 +96,8 @@ class Pool:
         failures = [result for result in results if isinstance(result, BaseException)]
         if failures:
             await self.close()
+            if isinstance(failures[0], ZygoteLost | OSError):
+                raise SandboxError(f"the sandbox did not start: {failures[0]}") from failures[0]
             raise failures[0]
         return [zygote.ready for zygote in self.zygotes]
 
@@ -112,6 +114,10 @@ class Pool:
 
     async def evaluate(self, request: Request, patience: float) -> tuple[Reply, bytes]:
         """Run one request on the zygote with the most room. Raises ZygoteLost when that zygote failed under it."""
+        for idle in [one for one in self.zygotes if not one.alive and not one.total]:
+            self._counts.infrastructure_failures += 1
+            log.warning("sandbox: zygote %d died while it had nothing to do; started again", idle.pid)
+            self._replace(idle)
         zygote = await self._place()
         aged = False
 
@@ -263,7 +269,8 @@ class Sandbox:
 
         if self.level in ("B", "unsafe"):
             log.warning("sandbox: %s", levels.PROMISES[self.level])
-        self._steps = Pool(self._setup(preload.STEP_MODULES, preload.WARM_UP, {}), self.processes, self._prefix)
+        setup = self._setup(preload.STEP_MODULES, preload.WARM_UP, {})
+        self._steps = Pool(setup, self.processes, self._prefix, self.counts)
         try:
             await self._steps.start()
             if check:
@@ -295,7 +302,8 @@ class Sandbox:
             return Execution(ExecutionStatus.ERROR, error=what)
         async with self._grading_started:
             if self._grading is None:
-                pool = Pool(self._setup(preload.GRADING_MODULES, "", ENTRIES), min(2, self.processes), self._prefix)
+                setup = self._setup(preload.GRADING_MODULES, "", ENTRIES)
+                pool = Pool(setup, min(2, self.processes), self._prefix, self.counts)
                 await pool.start()
                 self._grading = pool
         codes = [function, payload]
@@ -332,6 +340,8 @@ class Sandbox:
         self.counts.evaluations += 1
         try:
             reply, printed = await pool.evaluate(request, self._patience)
+            if reply.status == KERNEL_KILLED:
+                raise ZygoteLost(reply.error)  # it alone was lost: its own limit on memory would have been an error
         except ZygoteLost as first:
             self.counts.infrastructure_failures += 1
             self.counts.retries += 1
@@ -341,6 +351,9 @@ class Sandbox:
             except ZygoteLost as second:
                 self.counts.infrastructure_failures += 1
                 raise SandboxError(f"the sandbox failed twice under one evaluation: {first}; {second}") from second
+            if reply.status == KERNEL_KILLED:  # so it is the step that this machine has no room for
+                self.counts.infrastructure_failures += 1
+                reply = replace(reply, status=ExecutionStatus.MEMORY.value)
         self.counts.step_cpu_seconds += reply.cpu_ms / 1e3
         self.counts.prefix_cpu_seconds += reply.prefix_cpu_ms / 1e3
         self.counts.dear_prefixes += reply.prefix_cpu_ms > DEAR_MS

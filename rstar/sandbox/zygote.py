@@ -54,7 +54,9 @@ def prepare(control: int) -> tuple[Ready, locks.Filter | None, step.Entries]:
     """Import and lock. Every failure is reported and ends the process: it never serves half locked."""
     buffer = bytearray()
     while (message := take(buffer, Setup)) is None:
-        buffer += os.read(control, 1 << 20)
+        if not (data := os.read(control, 1 << 20)):
+            os._exit(0)  # the supervisor has died before it said what to do
+        buffer += data
     setup = message[0]
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an ignored SIGCHLD survives exec and would break wait4
@@ -73,7 +75,7 @@ def prepare(control: int) -> tuple[Ready, locks.Filter | None, step.Entries]:
         for name, target in setup.entries.items():
             module, _, function = target.partition(":")
             entries[name] = getattr(importlib.import_module(module), function)
-        for name in ("PYTHONPATH", "PWD"):  # paths of this host are nothing to a step
+        for name in ("PYTHONPATH", "PWD", "LD_LIBRARY_PATH"):  # paths of this host are nothing to a step
             os.environ.pop(name, None)
         imported = time.perf_counter()
         if len(os.listdir("/proc/self/task")) != 1:

@@ -15,6 +15,7 @@ import time
 from copy import copy
 from dataclasses import replace
 
+from rstar.engines.base import ContextOverflow
 from rstar.grading import extract_answer
 from rstar.prompts import NO, YES, stop_asked
 from rstar.search.expand import Candidate, Expander, path_prompt
@@ -56,8 +57,13 @@ class _Flow:
             if node.role == ANSWER:
                 node = await self._judge(node)
             else:
-                (drawn,) = await self.chain.draw(node, 1)
-                node = await self._write(node, drawn)
+                drawn = await self.chain.draw(node, 1)
+                if not drawn:  # no room to go on; node.error says so
+                    if node is self.tree.root:
+                        node = self.tree.add_child(node, text="", role=ANSWER, error=node.error)
+                    await self._end(node, TerminalReason.DEAD_END)
+                    break
+                node = await self._write(node, drawn[0])
         return node
 
     async def deviate(self, node: Node) -> Node | None:
@@ -91,7 +97,11 @@ class _Flow:
             adapter=STOP if self.sampling.adapter else None,
         )
         solution = path_prompt(self.tree, node).segments[len(self.tree.prompt) :]
-        (said,) = await self.tools.policy.generate(stop_asked(self.tree.settings["stop_borders"], solution), params)
+        try:
+            asked = stop_asked(self.tree.settings["stop_borders"], solution)
+            (said,) = await self.tools.policy.generate(asked, params)
+        except ContextOverflow:
+            return await self._say(node, NO, flipped=False)
         self.tree.engine_calls += 1
         self.tree.tokens += said.tokens
         child = await self._say(node, said.stop or NO, flipped=False)

@@ -22,7 +22,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -532,12 +531,12 @@ def load(base: Path, count: int, workers: int = 0) -> Damage:
     section = replace(job.passes[0].search, trees_in_flight=4)
     job = replace(job, passes=(replace(job.passes[0], search=section),))
     done: list[str] = []
-    peaks: list[int] = []
+    used: list[int] = []
 
     def on_done(summary: ProblemSummary) -> None:
         done.append(summary.problem_id)
         if len(done) in (count // 5, count):
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+            used.append(psutil.Process().memory_info().rss >> 20)
 
     cluster = ClusterSection(address="local" if workers else "inline", workers=max(1, workers), cpus_per_worker=0.5)
     with contextlib.redirect_stdout(io.StringIO()), ray_session(cluster):
@@ -545,7 +544,7 @@ def load(base: Path, count: int, workers: int = 0) -> Damage:
     trees = index(folder)
     assert len(done) == len(set(done)) == len(trees) == count and all(ref.complete for ref in trees.values())
     assert infrastructure_failures(folder)["worker"] >= count // 100
-    assert peaks[1] - peaks[0] < 64, f"{peaks} MiB: memory grows with the problems"
+    assert used[1] - used[0] < 64, f"{used} MiB: memory grows with the problems"
     frames = sum(len(scan(path).frames) for path in folder.glob("trees-*.zst"))
     return Damage(count - len(trees), frames - len(trees))
 

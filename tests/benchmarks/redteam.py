@@ -46,6 +46,7 @@ SECRET = "CANARY-7f3a"
 SECRETS = {"HF_TOKEN": f"{SECRET}-hf", "WANDB_API_KEY": f"{SECRET}-wandb", "SSH_AUTH_SOCK": f"/tmp/{SECRET}.sock"}
 FOLDER = Path("/tmp/redteam-canary")
 TCP_PORT, UDP_PORT, ABSTRACT = 47017, 47018, "\0redteam-canary"
+DATAGRAMS = "/tmp/redteam-datagrams"  # a socket that has a path, as the system log's
 LIMITS = SandboxSection(cpu_seconds=2.0, wall_seconds=5.0, processes=1)
 
 CANARY = """
@@ -99,6 +100,11 @@ CONTROL = [
     ),
     Program("start a process", "import os\npid = os.fork()\nif pid == 0: os._exit(0)\nos.waitpid(pid, 0)", "denied"),
     Program("start a thread", "import threading\nthreading.Thread(target=int).start()", "error"),
+    Program(
+        "send to a socket's path",
+        f"import socket\nsocket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', '{DATAGRAMS}')",
+        "denied",
+    ),
     Program("execute a program", "import os\nos.execv('/bin/echo', ['echo', 'ESCAPED'])", "denied"),
     Program("limits of another", "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE)", "denied"),
 ]
@@ -130,10 +136,12 @@ class Surroundings:
             with suppress(OSError, ValueError):
                 signal.signal(number, lambda received, _: self._signals.append(received))
         self._listeners = []
+        Path(DATAGRAMS).unlink(missing_ok=True)
         for family, kind, address in (
             (socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", TCP_PORT)),
             (socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", UDP_PORT)),
             (socket.AF_UNIX, socket.SOCK_STREAM, ABSTRACT),
+            (socket.AF_UNIX, socket.SOCK_DGRAM, DATAGRAMS),
         ):
             listener = socket.socket(family, kind)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -142,6 +150,7 @@ class Surroundings:
                 listener.listen()
             listener.setblocking(False)
             self._listeners.append(listener)
+        os.chmod(DATAGRAMS, 0o777)
         self.victim = self._start_victim()
         self.lay_out()
 
@@ -207,6 +216,7 @@ class Surroundings:
 
     def close(self) -> None:
         Path("/dev/shm/redteam").unlink(missing_ok=True)
+        Path(DATAGRAMS).unlink(missing_ok=True)
         os.kill(self.victim, signal.SIGKILL)
         os.waitpid(self.victim, 0)
         for listener in self._listeners:
