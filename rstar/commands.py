@@ -30,10 +30,9 @@ def evolve(options: argparse.Namespace) -> int:
 
     run = run_dir(config.run)
     if options.fresh and run.path.exists():
-        import shutil
-
+        module.check(config)  # a mistake must not cost the old run
         run.acquire()
-        shutil.rmtree(run.path)
+        run.clear()
         run.release()
     return _drive(options, module, config, range(config.run.rounds + 1))
 
@@ -174,6 +173,9 @@ def search(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     first, *rest = options.targets
     if first.endswith((".yaml", ".yml")):
+        for name in ("benchmarks", "methods", "limit", "ppm", "orm", "ppm_quality", "config"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} with {first}", need="models: rstar eval MODEL...")
         options.config, options.overrides, options.stages = first, [*rest, *options.overrides], ("eval",)
         return stage(options)
     from rstar.comparison.command import evaluate_models

@@ -297,7 +297,7 @@ def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
     rounds = getattr(config, "rounds", None)
     if isinstance(rounds, dict):
         for name in rounds:  # an overlay with a typo is found now, not in round 3
-            if not (name.startswith("r") and name[1:].isdigit()):
+            if not (name[1:].isdigit() and name == f"r{int(name[1:])}"):
                 raise UserError(f"rounds.{name}", need="round keys r1, r2, ...", how=f"write rounds.r1.{name}=...")
             if not isinstance(rounds[name], dict):
                 raise UserError(f"rounds.{name}={rounds[name]}", need=f"settings: rounds.{name}.search.rollouts=8")

@@ -35,7 +35,7 @@ from rstar.config import (
     to_dict,
 )
 from rstar.machine import software, this_machine
-from rstar.store import TEMPORARY, file_digest, read_json, repair, room_for, write_json
+from rstar.store import TEMPORARY, path_digest, read_json, repair, room_for, write_json
 from rstar.types import UserError
 
 SECTIONS: Mapping[str, Callable[[], Any]] = {
@@ -45,6 +45,7 @@ SECTIONS: Mapping[str, Callable[[], Any]] = {
     "model": ModelSection,
     "ppm": PpmSection,
     "problems": ProblemsSection,
+    "run": RunSection,
     "search": SearchSection,
     "sft": TrainSection,
     "warmup": WarmupSection,
@@ -143,6 +144,9 @@ class RoundDir:
         dropped = names[names.index(stage) :] if stage in names else []
         stages = {name: asdict(record) for name, record in records.items() if name not in dropped}
         write_json(self.manifest, {"round": self.number, "stages": stages})
+        for note in self.path.glob(".*-started.json"):  # of stages behind it that were stopped in their middle
+            if note != self.started_note(stage):
+                note.unlink()
         return dropped
 
     def started_note(self, stage: str) -> Path:
@@ -261,6 +265,13 @@ class RunDir:
                     break
         return told
 
+    def clear(self) -> None:
+        """Remove what a run has made, and nothing else: the folder may be somebody's own."""
+        for path in [*self.path.glob("round_*"), self.path / "tiny_model"]:
+            shutil.rmtree(path, ignore_errors=not path.exists())
+        for name in ("driver.json", "progress.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
+
     def other_versions(self) -> str:
         """A warning where another version made, or began, the newest of the run's stages; else empty."""
         made = [(name, record.version) for here in self.rounds() for name, record in here.records().items()]
@@ -289,14 +300,6 @@ class RunDir:
 def run_dir(section: RunSection) -> RunDir:
     """The run's folder: run.dir, or runs/<name>."""
     return RunDir(Path(section.dir) if section.dir else Path("runs") / section.name)
-
-
-def path_digest(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of a folder's files."""
-    if path.is_file():
-        return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return digest([(str(p.relative_to(path)), file_digest(p)) for p in files])
 
 
 def override(number: int, key: str, value: Any) -> str:
@@ -333,6 +336,15 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
     return found
 
 
+def _keep_or_clear(folder: Path, made_from: str) -> None:
+    """Remove a folder of trees that other models have grown: those of the models before a repair, say."""
+    note = folder / "made_from"
+    if not note.exists() or note.read_text(encoding="utf-8") != made_from:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        note.write_text(made_from, encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What a stage's work hands back for its record."""
@@ -351,6 +363,7 @@ class Stage:
     inputs: Callable[[], dict[str, str]]
     run: Callable[[], StageResult]
     resumes: bool = False  # what it has written counts when it is run again (search, evaluation)
+    trees: tuple[Path, ...] = ()  # folders of it whose trees count only while settings and inputs are the same
 
     def finished(self) -> StageRecord | None:
         """Its record if it is complete, None if it has to be run; UserError if it was made from other settings."""
@@ -364,6 +377,8 @@ class Stage:
         self.round.path.mkdir(parents=True, exist_ok=True)
         inputs, begun = self.inputs(), time.monotonic()
         self._check_inputs(inputs)
+        for folder in self.trees:
+            _keep_or_clear(folder, digest({"settings": self.settings, "inputs": inputs}))
         if self.resumes and not self.round.started(self.name):
             self.round.start(self.name, self.settings, inputs)
         result = self.run()

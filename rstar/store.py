@@ -35,6 +35,7 @@ from typing import Any, BinaryIO
 import orjson
 import zstandard
 
+from rstar.config import digest
 from rstar.tree import Tree
 from rstar.types import UserError
 
@@ -387,3 +388,11 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def path_digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of a folder's files."""
+    if path.is_file():
+        return file_digest(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return digest([(str(p.relative_to(path)), file_digest(p)) for p in files])

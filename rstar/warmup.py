@@ -42,7 +42,7 @@ def warmup_rows(
         case "pool":
             found = list(pool.train)
         case "gsm8k":
-            found = _gsm8k(section, pool)
+            found = _gsm8k(section, problems, pool)
         case other:
             raise UserError(f"warmup.source={other}", need=f"one of {', '.join(SOURCES)}")
     solved = [(problem, worked) for problem in found if (worked := worked_solution(problem)) is not None]
@@ -56,14 +56,15 @@ def warmup_rows(
     return rows
 
 
-def _gsm8k(section: WarmupSection, pool: ProblemSet) -> list[Problem]:
+def _gsm8k(section: WarmupSection, problems: ProblemsSection, pool: ProblemSet) -> list[Problem]:
     from rstar.problems import load_problems
+    from rstar.problems.overlap import Overlap
 
     if not section.path or not Path(section.path).is_file():
         raise UserError(f"warmup.path={section.path!r} is no file", need="GSM8K's train.jsonl for warmup.source=gsm8k")
-    kept = {problem.question for problem in pool.heldout}
-    loaded = load_problems(ProblemsSection(name="gsm8k", path=section.path, heldout=0))
-    return [problem for problem in loaded.train if problem.question not in kept]
+    clean = ProblemsSection(name="gsm8k", path=section.path, heldout=0, decontaminate=problems.decontaminate)
+    overlap = Overlap("heldout", pool.heldout)
+    return [problem for problem in load_problems(clean).train if not overlap.touches(problem.question)]
 
 
 async def _checked(

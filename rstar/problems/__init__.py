@@ -63,7 +63,8 @@ def load_problems(section: ProblemsSection) -> ProblemSet:
     kept, contaminated = _decontaminate(pool, heldout, section, templated)
     dropped["contaminated"] += len(contaminated)
     if section.levels:
-        kept, heldout = _at_levels(kept, heldout, section.levels, dropped)
+        kept, of_levels = _at_levels(kept, heldout, section.levels, dropped)
+        heldout = heldout if section.heldout_path else of_levels  # a benchmark's levels are its own
     if section.limit and len(kept) > section.limit:
         dropped["limit"] += len(kept) - section.limit
         kept = kept[: section.limit]

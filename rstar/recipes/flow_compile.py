@@ -28,6 +28,7 @@ from rstar.recipes.flow_parts import (
 )
 from rstar.recipes.judging import judge
 from rstar.recipes.measuring import problem_trees
+from rstar.recipes.starting import seed_of
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest
 from rstar.store import read_json, shards, write_rows
@@ -68,7 +69,13 @@ def solutions_stage(config: Config, run: RunDir, number: int) -> Stage:
 
     settings = settings_of(config) | {"compile": {"samples": config.compile.samples}}
     return Stage(
-        here, "solutions", settings, lambda: {"stream": input_digest(run.round(1), "stream")}, work, resumes=True
+        here,
+        "solutions",
+        settings,
+        lambda: {"stream": input_digest(run.round(1), "stream")},
+        work,
+        resumes=True,
+        trees=(here.path / "self", here.path / "flow"),
     )
 
 
@@ -120,9 +127,8 @@ def policy_stage(config: Config, run: RunDir, number: int, arm: str) -> Stage:
             )
         return StageResult((output,), asdict(result))
 
-    return Stage(
-        here, f"policy-{arm}", {"sft": to_dict(config.sft)}, lambda: {"rows": input_digest(here, "extract")}, work
-    )
+    settings = {"sft": to_dict(config.sft), "run": seed_of(config.run)}
+    return Stage(here, f"policy-{arm}", settings, lambda: {"rows": input_digest(here, "extract")}, work)
 
 
 def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
@@ -153,7 +159,7 @@ def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
         return {arm: input_digest(here, f"policy-{arm}") for arm in ARMS}
 
     settings = settings_of(config) | {"compile": {"judged": config.compile.judged}}
-    return Stage(here, "eval", settings, inputs, work, resumes=True)
+    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(here.eval,))
 
 
 async def _judged(config: Config, folder: Path) -> dict[str, int]:

@@ -60,6 +60,7 @@ from rstar.recipes.flow_parts import (
 )
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
+from rstar.recipes.starting import problem_files, seed_of
 from rstar.report.progress import Progress, TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
@@ -106,7 +107,7 @@ def check(config: Config) -> ProblemSet:
 def _base_stage(config: Config, run: RunDir) -> Stage:
     here = run.round(0)
     settings = {name: to_dict(getattr(config, name)) for name in ("model", "warmup", "problems")}
-    settings["search"] = {"form": config.search.form}
+    settings |= {"search": {"form": config.search.form}, "run": seed_of(config.run)}
 
     def work() -> StageResult:
         base = base_model(config.model, run.path, seed=config.run.seed)
@@ -128,7 +129,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
         return StageResult((here.policy,), {"base": base, **asdict(result)})
 
-    return Stage(here, "base", settings, dict, work)
+    return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
 
 
 def _frozen_stage(config: Config, run: RunDir) -> Stage:
@@ -153,7 +154,10 @@ def _frozen_stage(config: Config, run: RunDir) -> Stage:
         tables = [flow_table({"untrained flow": trees_of(folders["pairs"])})]
         return finished_eval(here, methods, [], tables, [here.pairs, *(s for f in folders.values() for s in shards(f))])
 
-    return Stage(here, "eval", settings_of(config), lambda: {"base": input_digest(here, "base")}, work, resumes=True)
+    return Stage(
+        here, "eval", settings_of(config), lambda: {"base": input_digest(here, "base")}, work, resumes=True,
+        trees=(here.eval,),
+    )  # fmt: skip  # fmt: skip
 
 
 # -- round 1: the stream ---------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
         }  # fmt: skip
         return StageResult((here.path / "stream.jsonl", state, *shards(here.path)), counts)
 
-    settings = settings_of(config, "flow", "dpo")
+    settings = settings_of(config, "flow", "dpo") | {"run": seed_of(config.run)}
     return Stage(here, "stream", settings, lambda: {"base": input_digest(run.round(0), "base")}, work, resumes=True)
 
 
@@ -254,4 +258,4 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
     def inputs() -> dict[str, str]:
         return {"stream": input_digest(here, "stream"), "frozen": input_digest(before, "eval")}
 
-    return Stage(here, "eval", settings_of(config), inputs, work, resumes=True)
+    return Stage(here, "eval", settings_of(config), inputs, work, resumes=True, trees=(here.eval,))

@@ -57,6 +57,7 @@ from rstar.recipes.orca2_parts import (
     teacher_settings,
     tree_share,
 )
+from rstar.recipes.starting import seed_of
 from rstar.recipes.strategies import Strategies, choose, load_strategies
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
@@ -158,7 +159,7 @@ def _train_stage(config: Config, run: RunDir, name: str, number: int = 1) -> Sta
     def inputs() -> dict[str, str]:
         return {"rows": input_digest(here, rows_stage), "start": input_digest(start_round, start_stage)}
 
-    return Stage(here, name, {"sft": to_dict(section)}, inputs, work)
+    return Stage(here, name, {"sft": to_dict(section), "run": seed_of(config.run)}, inputs, work)
 
 
 def _rows(here: RoundDir, name: str) -> Path:
@@ -219,8 +220,9 @@ def _weaker_stage(config: Config, run: RunDir) -> Stage:
         return StageResult((_rows(here, "weaker"), *shards_below(folder)), {"rows": count, "problems": len(problems)})
 
     return Stage(
-        here, "weaker-rows", settings, lambda: {"base": input_digest(run.round(0), "base")}, work, resumes=True
-    )
+        here, "weaker-rows", settings, lambda: {"base": input_digest(run.round(0), "base")}, work, resumes=True,
+        trees=(here.path / "weaker-answers",),
+    )  # fmt: skip
 
 
 # -- strategies ------------------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def _select_stage(config: Config, run: RunDir) -> Stage:
     def inputs() -> dict[str, str]:
         return {"student": input_digest(start_round, start_stage)} if config.orca.student else {}
 
-    return Stage(here, "select", settings, inputs, work, resumes=True)
+    return Stage(here, "select", settings, inputs, work, resumes=True, trees=(here.path / "select",))
 
 
 def _choice(run: RunDir) -> Path:
@@ -287,12 +289,16 @@ def _answers_stage(config: Config, run: RunDir) -> Stage:
         counts = {str(path.relative_to(folder)): tree_counts(group, path) for path, _, group in told}
         return StageResult(tuple(shards_below(here.path / "answers")), counts)
 
-    return Stage(here, "answers", settings, lambda: {"choice": input_digest(here, "select")}, work, resumes=True)
+    return Stage(
+        here, "answers", settings, lambda: {"choice": input_digest(here, "select")}, work, resumes=True,
+        trees=(here.path / "answers",),
+    )  # fmt: skip
 
 
 def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
     here, orca, source = run.round(number), config.orca, run.round(1)
     settings = {"model": to_dict(config.model), "orca": {k: v for k, v in to_dict(orca).items() if k in _READ_BY_ROWS}}
+    settings["run"] = seed_of(config.run)
 
     def work() -> StageResult:
         plain = {one.problem_id: one for one in answers(config, source.path, "answers/plain")}
@@ -336,4 +342,7 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
         name = f"{config.orca.arm} rows" if number else "the base"
         return finished(here, methods, first, name, shards_below(here.eval))
 
-    return Stage(here, "eval", settings, lambda: {"model": input_digest(round_dir, stage)}, work, resumes=True)
+    return Stage(
+        here, "eval", settings, lambda: {"model": input_digest(round_dir, stage)}, work, resumes=True,
+        trees=(here.eval,),
+    )  # fmt: skip

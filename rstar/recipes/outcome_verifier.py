@@ -57,6 +57,7 @@ from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import problem_trees, tree_counts
+from rstar.recipes.starting import problem_files, seed_of
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
@@ -173,7 +174,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         write_rows(here.sft, rows)
         return StageResult(tuple(outputs), {"base": base, "rows": len(rows), "problems": len(pool.train)})
 
-    return Stage(here, "base", settings, dict, work)
+    return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
 
 
 def _reference_row(problem: Problem, wrap: Callable[[str], str]) -> SftRow:
@@ -221,7 +222,8 @@ def _fine_tuning_stage(config: Config, run: RunDir, epochs: float) -> Stage:
             result = train_policy(rows, _base(config, run), output, section, seed=config.run.seed, on_progress=progress)
         return StageResult((output,), {"rows": len(rows), **asdict(result)})
 
-    return Stage(here, name, {"sft": to_dict(section)}, lambda: {"base": input_digest(here, "base")}, work)
+    settings = {"sft": to_dict(section), "run": seed_of(config.run)}
+    return Stage(here, name, settings, lambda: {"base": input_digest(here, "base")}, work)
 
 
 def _baseline_stage(config: Config, run: RunDir) -> Stage:
@@ -256,7 +258,7 @@ def _baseline_stage(config: Config, run: RunDir) -> Stage:
         return {name: input_digest(here, name) for name, _ in (_model(config, run, e) for e in _epochs(config))}
 
     settings = _eval_settings(config, "problems", "epochs", "epoch_samples")
-    return Stage(here, "eval", settings, inputs, work, resumes=True)
+    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(here.eval,))
 
 
 # -- round 1: completions --------------------------------------------------------------------------------------------
@@ -290,8 +292,9 @@ def _candidates_stage(config: Config, run: RunDir) -> Stage:
 
     settings = _eval_settings(config, "problems", "completions")
     return Stage(
-        here, "candidates", settings, lambda: {"policy": input_digest(run.round(0), "policy")}, work, resumes=True
-    )
+        here, "candidates", settings, lambda: {"policy": input_digest(run.round(0), "policy")}, work, resumes=True,
+        trees=(folder,),
+    )  # fmt: skip
 
 
 def _search(
@@ -366,7 +369,7 @@ def _verifier_stage(config: Config, run: RunDir, number: int) -> Stage:
             )
         return StageResult((here.path / "verifier",), {"rows": len(rows), **asdict(result)})
 
-    return Stage(here, "verifier", {"verifier": to_dict(section)}, inputs, work)
+    return Stage(here, "verifier", {"verifier": to_dict(section), "run": seed_of(config.run)}, inputs, work)
 
 
 def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
@@ -385,7 +388,7 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
         return {"verifier": input_digest(here, "verifier"), "candidates": input_digest(run.round(1), "candidates")}
 
     settings = _eval_settings(config, "problems", "sizes", "voters")
-    return Stage(here, "eval", settings, inputs, work, resumes=True)
+    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(folder,))
 
 
 def _eval_settings(config: Config, *keys: str) -> dict[str, Any]:

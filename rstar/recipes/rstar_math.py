@@ -78,10 +78,11 @@ from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts
 from rstar.recipes.rows import policy_rows, scorer_rows
+from rstar.recipes.starting import problem_files, seed_of
 from rstar.report.progress import SearchProgress, TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, path_digest, run_dir
+from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.store import index, shards, write_json, write_rows
+from rstar.store import index, path_digest, shards, write_json, write_rows
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
 from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
@@ -128,6 +129,16 @@ def check(config: Config) -> ProblemSet:
         raise UserError(
             "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
         )
+    if not problems.heldout and (config.problems.heldout_path or config.problems.heldout):
+        raise UserError("no held-out problems are left", need="some, or problems.heldout=0 without a heldout_path")
+    for number in range(1, config.run.rounds + 1):
+        own = for_round(config, number).problems
+        if own != config.problems and load_problems(own).heldout != problems.heldout:
+            raise UserError(
+                f"rounds.r{number}.problems changes the held-out problems",
+                need="the same ones in all rounds, or their figures can't be compared",
+                how="give them a file of their own: problems.heldout_path",
+            )
     for number in range(2, config.run.rounds + 1):
         search = for_round(config, number).search
         if search.use_ppm and not search.ppm and not for_round(config, number - 1).ppm.epochs:
@@ -161,6 +172,10 @@ def _start(run: RunDir) -> Path:
 def _base_stage(config: Config, run: RunDir) -> Stage:
     here = run.round(0)
     settings = {"model": to_dict(config.model), "warmup": to_dict(config.warmup), "problems": to_dict(config.problems)}
+    settings["run"] = seed_of(config.run)
+    if config.warmup.enabled:
+        own = ("epochs", "learning_rate", "batch_size")  # which the warm-up has itself
+        settings["sft"] = {key: value for key, value in _shaping(config.sft).items() if key not in own}
 
     def work() -> StageResult:
         base, outputs = base_model(config.model, run.path, seed=config.run.seed), []
@@ -188,7 +203,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
         return StageResult((*outputs, here.policy), counts | asdict(result))
 
-    return Stage(here, "base", settings, dict, work)
+    return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
 
 
 # -- search ----------------------------------------------------------------------------------------------------------
@@ -210,7 +225,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
     }
 
     def inputs() -> dict[str, str]:
-        found = {"policy": input_digest(before, "base" if number == 1 else "policy")}
+        found = {"policy": input_digest(before, "base" if number == 1 else "policy"), **problem_files(config.problems)}
         if config.search.use_ppm:
             found["ppm"] = path_digest(Path(config.search.ppm)) if config.search.ppm else input_digest(before, "ppm")
         return found
@@ -322,7 +337,7 @@ def _policy_stage(config: Config, run: RunDir, number: int) -> Stage:
             )
         return StageResult((here.policy,), {"rows": len(rows), **asdict(result)})
 
-    return Stage(here, "policy", {"sft": _shaping(config.sft)}, inputs, work)
+    return Stage(here, "policy", {"sft": _shaping(config.sft), "run": seed_of(config.run)}, inputs, work)
 
 
 def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
@@ -340,31 +355,38 @@ def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
             result = train_ppm(rows, str(here.policy), here.ppm, config.ppm, seed=config.run.seed, on_progress=progress)
         return StageResult((here.ppm,), {"rows": len(rows), **asdict(result)})
 
-    return Stage(here, "ppm", {"ppm": _shaping(config.ppm)}, inputs, work)
+    return Stage(here, "ppm", {"ppm": _shaping(config.ppm), "run": seed_of(config.run)}, inputs, work)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 
 _GUIDED = ("rollouts", "candidates", "trajectories", "top_k", "search_problems")  # round 0 has no PPM to search with
-_TREE = ("c", "selection")
+_NOT_EVALUATED = (  # keys of the search section that an evaluation has itself, or has no use for
+    "method", "rollouts", "candidates", "temperature", "seeds", "use_ppm", "ppm", "escalate", "second_pass",
+    "trees_in_flight", "checkpoint_rollouts",
+)  # fmt: skip
+_NOT_SAMPLED = (  # nor has a single sampled solution
+    *_NOT_EVALUATED, "c", "selection", "unvisited_first", "ppm_prior_visits", "beam_width", "back_up_max_depth",
+    "back_up_dead_ends", "first_answer_only", "answer_candidates", "rollouts_in_flight",
+)  # fmt: skip
 
 
 def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
     here, with_ppm = run.round(number), number > 0 and config.ppm.epochs > 0
+    unread = _NOT_EVALUATED if number else _NOT_SAMPLED
     settings = {
         "eval": {key: value for key, value in to_dict(config.eval).items() if number or key not in _GUIDED},
         "problems": to_dict(config.problems),
         "model": to_dict(config.model),
-        "search": {
-            key: to_dict(config.search)[key] for key in ("max_depth", "max_step_tokens", *(_TREE if number else ()))
-        },
+        "search": {key: value for key, value in to_dict(config.search).items() if key not in unread},
     }
 
     def inputs() -> dict[str, str]:
+        files = problem_files(config.problems)
         if number == 0:
-            return {"policy": input_digest(here, "base")}
-        return {name: input_digest(here, name) for name in ("policy", "ppm") if name == "policy" or with_ppm}
+            return {"policy": input_digest(here, "base"), **files}
+        return {name: input_digest(here, name) for name in ("policy", "ppm") if name == "policy" or with_ppm} | files
 
     def work() -> StageResult:
         heldout = load_problems(config.problems).heldout
@@ -391,4 +413,4 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
             {m: {k: v for k, v in result.items() if k != "records"} for m, result in results.items()},
         )
 
-    return Stage(here, "eval", settings, inputs, work, resumes=True)
+    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(here.eval,))
