@@ -47,19 +47,13 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, template: str = "chat", name: str = "") -> None:
-    """Raise UserError unless `tokenizer` has an end token, a padding token, and what `template` needs."""
+    """Raise UserError unless `tokenizer` has an end token and what `template` needs. Nothing here pads."""
     name = name or str(tokenizer.name_or_path) or "the model"
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {name} has no end token",
             need="eos_token",
             how='set "eos_token" in its tokenizer_config.json',
-        )
-    if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} has no padding token",
-            need="pad_token, best one of its own",
-            how='set "pad_token" in its tokenizer_config.json to a token the model never writes',
         )
     if template == "chat" and not tokenizer.chat_template:
         raise UserError(
@@ -184,6 +178,8 @@ class SegmentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._bos = begin_token(tokenizer)
+        puts_space = self._ids("a") != self._ids("\na")[len(self._ids("\n")) :]
+        self._border = "\n" if puts_space else None
         self._segment_ids = lru_cache(maxsize=_CACHED_SEGMENTS)(self._tokenise)
 
     def encode(self, segments: Iterable[str]) -> list[int]:
@@ -195,14 +191,27 @@ class SegmentEncoder:
         ids: list[int] = []
         ends: list[int] = []
         for i, segment in enumerate(segments):
-            own = self._segment_ids(segment)
+            own = self._segment_ids(segment, i == 0)
             if i == 0 and self._bos is not None and own[:1] != (self._bos,):
                 ids.append(self._bos)
             ids.extend(own)
             ends.append(len(ids))
         return EncodedSegments(tuple(ids), tuple(ends))
 
-    def _tokenise(self, text: str) -> tuple[int, ...]:
+    def within(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that goes on where another one ended."""
+        return self._segment_ids(text, False)
+
+    def _tokenise(self, text: str, first: bool) -> tuple[int, ...]:
+        """Some tokenizers (Llama 2, Phi-3) put a space before every text that they are given: not within a solution."""
+        if not first and self._border is not None:
+            behind = self._ids(self._border + text)
+            before = self._ids(self._border)
+            if behind[: len(before)] == before:
+                return behind[len(before) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

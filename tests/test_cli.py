@@ -135,10 +135,10 @@ def test_the_doctor_examines_a_config_s_problems_model_and_tokenizer(
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     settings = json.loads((broken / "tokenizer_config.json").read_text())
-    del settings["pad_token"]
+    del settings["eos_token"]
     (broken / "tokenizer_config.json").write_text(json.dumps(settings))
     seen = found(config, [f"model.base={broken}"])["config"]
-    assert not seen.ok and "no padding token" in seen.detail and "set" in seen.detail
+    assert not seen.ok and "no end token" in seen.detail and "set" in seen.detail
     assert "nearest key" in found(config, ["serch.c=1"])["config"].detail
 
 

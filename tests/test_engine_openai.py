@@ -144,10 +144,19 @@ async def test_a_stop_string_hidden_by_the_server_is_found_in_its_token_list() -
     assert len(server.bodies) == 1
 
 
-async def test_the_only_stop_string_needs_no_evidence() -> None:
-    async with serving(reply(choice("x\n"))) as (_, policy):
+async def test_the_only_stop_string_is_asked_for_too() -> None:
+    script = (reply(choice("x\n")), reply(choice("<end_of_step>y = 2", "length")))
+    async with serving(*script) as (_, policy):
         (sample,) = await policy.generate(PROMPT, SamplingParams(stop=("<end_of_step>",)))
     assert (sample.text, sample.stop) == ("x\n<end_of_step>", "<end_of_step>")
+
+
+async def test_a_solution_that_ended_is_not_taken_for_one_that_waits_for_the_calculator() -> None:
+    script = (reply(choice("48/2 clips.\n#### 24")), reply(choice("\n\nQuestion:", "length")))
+    async with serving(*script) as (server, policy):
+        (sample,) = await policy.generate(PROMPT, SamplingParams(calculator=True, max_tokens=400))
+    assert (sample.text, sample.cut_off) == ("48/2 clips.\n#### 24", False)
+    assert len(server.bodies) == 2
 
 
 async def test_among_several_hidden_stop_strings_the_model_is_asked_how_it_goes_on() -> None:
@@ -172,7 +181,7 @@ async def test_extensions_are_dropped_for_a_server_that_refuses_them() -> None:
         if "include_stop_str_in_output" in body:
             error = {"error": {"message": "Unrecognized request argument: include_stop_str_in_output"}}
             return web.json_response(error, status=400)
-        return web.json_response({"choices": [choice("x")] * body["n"], "usage": {}})
+        return web.json_response({"choices": [choice("x!")] * body["n"], "usage": {}})
 
     async with serving(strict, retries=0) as (server, policy):
         one = SamplingParams(stop=("!",))
@@ -308,11 +317,20 @@ async def test_a_refused_request_is_the_users_and_is_not_repeated(body: str) -> 
     assert len(server.bodies) == 1
 
 
-async def test_a_prompt_past_the_servers_context_is_told_apart() -> None:
-    body = "This model's maximum context length is 4096 tokens"
-    async with serving(lambda _: web.Response(text=body, status=400)) as (_, policy):
+@pytest.mark.parametrize(
+    ("code", "body"),
+    [
+        (400, "This model's maximum context length is 4096 tokens"),
+        (400, "The input (61709 tokens) is longer than the model's context length (4096 tokens)."),
+        (400, "request (4390 tokens) exceeds the available context size (4096)"),
+        (500, "Context size has been exceeded. 4096"),
+    ],
+)
+async def test_a_prompt_past_the_servers_context_is_told_apart(code: int, body: str) -> None:
+    async with serving(lambda _: web.Response(text=body, status=code)) as (server, policy):
         with pytest.raises(ContextOverflow, match="4096"):
             await policy.generate(PROMPT, SamplingParams())
+    assert len(server.bodies) == 1
 
 
 async def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,14 @@ from tests.benchmarks.faults import running
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/rstar_math/quickstart.yaml"
 
+AWKWARD = "model.template=<|user|> & \"{question}\" $HOME `id` 'x' \\\\"
 LOG = 'echo "$(basename "$0") $*" >>"$LOG"\n'
 FAKES = {
     "srun": LOG + 'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"\n',
     "scontrol": LOG + 'if [ "$1" = show ]; then printf "node1\\nnode2\\nnode3\\n"; fi\n',
     "ray": LOG + 'case "$*" in *--block*) exec sleep 60 ;; esac\n'
-    'if [ "$1" = job ]; then while [ "$1" != -- ]; do shift; done; shift; "$@"; fi\n',
+    'if [ "$1" = job ]; then while [ "$1" != -- ]; do shift; done; shift\n'  # as Ray does: one line, for a shell
+    'sh -c "$(python3 -c \'import subprocess, sys; print(subprocess.list2cmdline(sys.argv[1:]))\' "$@")"; fi\n',
     "rstar": LOG + 'until [ "$(grep -c "^ray start" "$LOG")" -ge "${RAYS:-0}" ]; do sleep 0.05; done\n'
     '[ -e "$STATE/wait" ] || exit "${RSTAR_CODE:-0}"\n'
     'trap "rm $STATE/wait; exit 75" USR1 TERM\ntouch "$STATE/running"\nwhile true; do sleep 0.05; done\n',
@@ -144,10 +146,10 @@ def test_slurm_workers_join_a_running_head(fakes: dict[str, str]) -> None:
 def test_ray_head_worker_and_submission(fakes: dict[str, str]) -> None:
     assert launch("ray/head.sh", "--num-cpus=3", env=fakes).returncode == 0
     assert calls(fakes)[-1] == "ray start --head --port=6379 --dashboard-host=127.0.0.1 --num-cpus=3"
-    out = launch("ray/submit.sh", "--rounds", "1 2", CONFIG, "run.dir=/shared/my runs", env=fakes)
+    out = launch("ray/submit.sh", "--rounds", "1 2", CONFIG, "run.dir=/shared/my runs", AWKWARD, env=fakes)
     assert out.returncode == 0, out.stderr
     assert calls(fakes, "rstar") == [
-        f"rstar round {number} {CONFIG} cluster.address=auto run.dir=/shared/my runs" for number in (1, 2)
+        f"rstar round {number} {CONFIG} cluster.address=auto run.dir=/shared/my runs {AWKWARD}" for number in (1, 2)
     ]
     assert all("--address http://127.0.0.1:8265" in line for line in calls(fakes, "ray job"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from rstar import prompts
 from rstar.config import ModelSection
@@ -150,7 +151,6 @@ def test_a_chat_template_that_refuses_the_system_role_is_a_user_error(tiny_model
 @pytest.mark.parametrize(
     ("attribute", "template", "says"),
     [
-        ("pad_token", "slm", "no padding token"),
         ("eos_token", "slm", "no end token"),
         ("chat_template", "chat", "template=slm"),
     ],
@@ -209,3 +209,35 @@ def test_a_folder_that_is_not_there_is_a_user_error(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(tmp_path / "empty")
+
+
+def llama2_like() -> PreTrainedTokenizerFast:
+    """A tokenizer in the layout of Llama 2 and Phi-3, which puts a space before every text that it is given."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = {
+        piece: i for i, piece in enumerate(["<s>", "</s>", "<unk>", "\u2581", "\n", *letters, "\u2581a", "12"])
+    }
+    merges = [("\u2581", "a"), ("1", "2")]
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", left=1, right=0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    "segments", [("Q: 12", "34"), ("a\n", "a = 1\n", "b"), ("a", "\n\n", "12"), ("x", "", " a", "a")]
+)
+def test_segments_of_tokenizers_that_put_a_space_before_a_text_join_without_one(segments: tuple[str, ...]) -> None:
+    encoder = SegmentEncoder(llama2_like())
+    ids = encoder.encode(segments)
+    assert encoder.tokenizer.decode(ids, skip_special_tokens=True) == "".join(segments)
+    stream = TextStream(encoder.tokenizer, encoder.encode(segments[:1]))
+    for token in ids[len(encoder.encode(segments[:1])) :]:
+        stream.push(token)
+    stream.finish()
+    assert stream.text == "".join(segments[1:]), "what a policy wrote is read as it was written"
+    assert encoder.encode([segments[0], stream.text])[:1] == ids[:1]

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -281,6 +283,26 @@ def test_losses_are_reported_to_wandb_too(tiny_model: Path, tmp_path: Path, monk
     assert logged["train/loss"] == pytest.approx(result.last_loss) and logged["train/global_step"] == result.steps
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"train/loss" in file.read_bytes()
+
+
+def test_adapters_start_from_the_seed_and_not_from_what_the_process_drew_before(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    section = dataclasses.replace(QUICK, lora_rank=4)
+    losses = []
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        torch.rand(7)
+        train_policy(sft_rows(), str(tiny_model), tmp_path / name, section, seed=seed)
+        losses.append(curve(tmp_path / name))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_gathered_weights_of_a_sharded_model_are_the_models_own() -> None:
+    """A verifier's loss has a gain and a bias beside its model: they are kept in its config, not in its weights."""
+    module = torch.nn.Module()
+    module.model, module.gain = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(()))
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=True, model=module, args=SimpleNamespace(process_index=0))
+    assert (PackedTrainer.full_state(trainer) or {}).keys() == module.model.state_dict().keys()
 
 
 def test_a_tracker_that_is_not_installed_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ class HfPolicy(Engine[_Prompt]):
     def _write(self, sample: _Sample, text: str) -> None:
         """Append a text of ours, whose tokens go into the next forward pass; at least one token stays for the model."""
         room = sample.prompt.limit - sample.tokens - 1
-        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"][:room]:
+        for token in self.encoder.within(text)[:room]:
             sample.ids.append(token)
             sample.stream.push(token)
 

@@ -53,6 +53,11 @@ class _Choice:
     logprob: float
 
 
+_OVERFLOW = (  # how servers say that a prompt is too long: OpenAI, vLLM, SGLang, llama.cpp
+    "context_length_exceeded", "maximum context length", "maximum model length", "context length (", "context size",
+)  # fmt: skip
+
+
 class _Transient(Exception):
     """Worth another try. `retry_after` is the server's wish in seconds, 0 without one."""
 
@@ -126,8 +131,6 @@ class OpenAIPolicy:
         for stop in params.stop:
             if beyond.startswith(stop):
                 return stop
-        if len(params.stop) == 1:
-            return params.stop[0]
         probe = SamplingParams(temperature=0.0, max_tokens=_PROBE_TOKENS, adapter=params.adapter)
         (answer, *_), _ = await self._complete(prompt.plus(choice.text), probe)
         return next((s for s in params.stop if answer.text.startswith(s)), None)
@@ -154,7 +157,8 @@ class OpenAIPolicy:
         body = self._body(prompt, params)
         async with session.post(self._url, json=body) as response:
             text = await response.text(errors="replace")
-            if response.status in (408, 409, 425, 429) or response.status >= 500:
+            overflow = any(words in text.lower() for words in _OVERFLOW)
+            if (not overflow and response.status in (408, 409, 425, 429)) or (not overflow and response.status >= 500):
                 wish = _retry_after(response.headers.get("Retry-After"))
                 raise _Transient(f"HTTP {response.status}: {_message(text)}", wish)
             refused = [name for name in _EXTENSIONS if name in body and name in text]
@@ -163,7 +167,6 @@ class OpenAIPolicy:
                 return await self._post(session, prompt, params)
             if response.status >= 400:
                 message = self._redact(_message(text))
-                overflow = "context_length_exceeded" in text or "maximum context length" in text
                 raise (ContextOverflow if overflow else UserError)(
                     f"{self._url} answered {response.status}: {message}",
                     need="a request the server takes",

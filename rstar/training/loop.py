@@ -111,7 +111,7 @@ def train(
         flex=args.device.type == "cuda",
     )
     args.warmup_steps = math.ceil(section.warmup_ratio * len(steps))
-    named = [(row.name, row.tokens) for row in rows]
+    named = [(row.name, row.tokens, row.weight, row.labels.tolist()) for row in rows]
     identity = digest([asdict(section), seed, named, args.world_size, _starting_point(loss_module.model)])
     with args.main_process_first(local=False, desc="checkpoints"):
         resume = _resumable(checkpoints, identity, main=args.process_index == 0)
@@ -356,7 +356,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         whole = {}
         for name, value in self.model.state_dict().items():
             gathered = value.full_tensor() if isinstance(value, DTensor) else value  # every process takes part
-            if self.args.process_index == 0:
+            if self.args.process_index == 0 and name.startswith("model."):  # a loss may have weights of its own
                 whole[name.removeprefix("model.")] = gathered.cpu()
         return whole
 

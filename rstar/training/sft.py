@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rstar.config import TrainSection
@@ -50,5 +51,6 @@ def train_policy(
         return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, encode_sft, SegmentEncoder(tokenizer), section.max_length)
+    torch.manual_seed(seed)  # the adapters' first weights
     loaded = load_policy(base, section, tokenizer)
     return train(TokenLoss(loaded.model), loaded, encoded, section, output=output, seed=seed, on_progress=on_progress)
