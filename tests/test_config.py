@@ -96,6 +96,8 @@ def test_typo_in_an_overlay_is_found_at_load() -> None:
         load(Config, None, ["model=m", "rounds.r3.search.rolouts=16"])
     with pytest.raises(UserError, match="round keys"):
         load(Config, None, ["model=m", "rounds.three.search.rollouts=16"])
+    with pytest.raises(UserError, match="round keys"):  # no round would ever look at it
+        load(Config, None, ["model=m", "rounds.r03.search.rollouts=16"])
 
 
 def test_config_is_frozen_and_prints_as_yaml() -> None:

@@ -341,6 +341,13 @@ def test_a_field_of_the_file_can_serve_as_level(tmp_path):
     assert len(load_problems(section).train) == 2 and load_problems(section).dropped == {"level": 1}
 
 
+def test_levels_of_the_pool_leave_a_held_out_file_alone(tmp_path):
+    train = write(tmp_path / "x.jsonl", [{"question": f"{n}?", "answer": "1", "level": "olympiads"} for n in range(3)])
+    heldout = write(tmp_path / "math500.jsonl", [{"question": "own?", "answer": "1", "level": "5"}])
+    problems = load_problems(file_section(train, levels=["olympiads"], heldout_path=str(heldout)))
+    assert [problem.question for problem in problems.heldout] == ["own?"]
+
+
 # Benchmarks
 
 

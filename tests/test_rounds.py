@@ -310,6 +310,7 @@ def test_round_without_a_ppm_has_no_such_stage_and_none_may_search_with_it(tmp_p
         ("engine.max_batch=3", {"base", "search", "extract"}),
         ("bootstrap.engine.timeout=9", {"base", "search", "extract"}),
         ("rounds.r2.search.c=1", {"base", "search", "extract"}),
+        ("run.seed=1", {"search", "extract"}),
         ("search.second_pass=16", {"base", "extract"}),  # the trees that the rows came from are there
         ("ppm.loss=mse", {"base", "search"}),
     ],
@@ -386,6 +387,65 @@ def test_round_with_seeds_escalation_and_second_pass_gives_rows_of_trees_on_disk
         assert row.tree_id in trees and trees[row.tree_id].nodes[row.node_ids[-1]].reward == 1.0
     for pair in read_rows(here.pairs, PreferenceRow):
         assert pair.tree_id in trees or pair.tree_id.partition("#")[2] == "0+1"
+
+
+def test_trees_that_other_models_have_grown_are_not_taken_for_the_new_ones(tmp_path: Path) -> None:
+    """An evaluation goes on after a stop; for models that were trained again it begins again."""
+    here, found = RunDir(tmp_path).round(1), list[list[str]]()
+
+    def measured(model: str, *, stopped: bool = False) -> None:
+        def work() -> StageResult:
+            found.append(sorted(path.name for path in here.eval.iterdir() if path.name != "made_from"))
+            (here.eval / f"tree-{model}").touch()
+            if stopped:
+                raise KeyboardInterrupt
+            return StageResult((), {})
+
+        Stage(here, "eval", {}, lambda: {"policy": model}, work, resumes=True, trees=(here.eval,)).execute()
+
+    with pytest.raises(KeyboardInterrupt):
+        measured("a", stopped=True)
+    measured("a")
+    here.drop("eval")
+    measured("a")  # its record was lost, nothing else
+    here.drop("eval")
+    with pytest.raises(KeyboardInterrupt):
+        measured("b", stopped=True)
+    here.drop("search")  # grown on meanwhile: no complaint that eval has begun for another policy
+    measured("c")
+    assert found == [[], ["tree-a"], ["tree-a"], [], []]
+
+
+def test_a_problem_file_that_changed_is_refused_before_held_out_problems_are_trained_on(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    config = configured(tmp_path, tiny_model, "problems.heldout=2")
+    execute(config, 0, "base")
+    assert stages(config, 0)[0].finished() is not None
+    with open(config.problems.path, "a") as file:
+        file.write(json.dumps({"question": "What is 1 + 2 + 3 + 4?", "answer": "10"}) + "\n")
+    with pytest.raises(UserError, match=r"problems\.path: \w+ -> \w+"):
+        stages(config, 0)[0].finished()
+
+
+def test_rounds_with_other_held_out_problems_or_with_none_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    families = ["problems.name=reasoning_gym", "rounds.r2.problems.seed=7"]
+    with pytest.raises(UserError, match=r"rounds\.r2\.problems changes the held-out problems"):
+        check(configured(tmp_path, tiny_model, *families, "problems.heldout=5"))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(UserError, match=r"held-out|no problems|empty"):
+        check(configured(tmp_path, tiny_model, f"problems.heldout_path={empty}"))
+
+
+def test_fresh_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "mine")
+    stage(run.round(1), []).execute()
+    for name in ("report.html", "driver.json", "notes.txt"):
+        (run.path / name).touch()
+    (run.path / "models").mkdir()
+    run.clear()
+    assert sorted(path.name for path in run.path.iterdir()) == ["models", "notes.txt"]
 
 
 def test_repair_makes_the_damaged_stage_and_those_behind_it_again(tmp_path: Path) -> None:

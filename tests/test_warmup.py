@@ -57,6 +57,23 @@ def test_gsm8k_annotations_become_code_steps(tmp_path: Path) -> None:
     assert "48 / 2" in row.completion and "\\boxed{72}" in row.completion and row.completion.count("<end_of_step>") == 2
 
 
+def test_warm_up_leaves_out_what_decontamination_takes_out_of_the_pool(tmp_path: Path) -> None:
+    """A held-out problem in almost the same words: the base of all rounds must not have seen its solution."""
+    question = "Tom has 48 clips and he buys half as many again in the shop around the corner. How many has he"
+    answer = "He buys 48/2 = <<48/2=24>>24 clips.\nHe has 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    path = tmp_path / "train.jsonl"
+    texts = [f"Anna reads and tells us this: {question} now?", "How many legs have 12 cats and 24 hens and 2 dogs?"]
+    path.write_text("".join(json.dumps({"question": text, "answer": answer}) + "\n" for text in texts))
+    kept_apart = tmp_path / "heldout.jsonl"
+    kept_apart.write_text(json.dumps({"question": f"{question}?", "answer": "72"}) + "\n")
+    problems = ProblemsSection(name="gsm8k", path=str(path), heldout_path=str(kept_apart))
+    pool = load_problems(problems)
+    assert len(pool.train) == 1 and pool.dropped == {"contaminated": 1}
+    section = WarmupSection(source="gsm8k", path=str(path))
+    found = warmup_rows(section, problems, pool, SANDBOX, lambda text: text + "\n")
+    assert ["12 cats" in row.prompt for row in found] == [True]
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [
