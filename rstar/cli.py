@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "rstar evolve configs/rstar_math/quickstart.yaml",
     )
     evolve.add_argument("--dry-run", action="store_true", help="print the plan of all rounds and what it may cost")
-    evolve.add_argument("--fresh", action="store_true", help="remove the run's folder first and start over")
+    evolve.add_argument("--fresh", action="store_true", help="remove what the run has made first and start over")
     one = command(
         "round",
         commands.one_round,

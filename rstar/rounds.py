@@ -267,7 +267,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove what a run has made, and nothing else: the folder may be somebody's own."""
-        for path in [*self.path.glob("round_*"), self.path / "tiny_model"]:
+        for path in [*(here.path for here in self.rounds()), self.path / "tiny_model"]:
             shutil.rmtree(path, ignore_errors=not path.exists())
         for name in ("driver.json", "progress.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)

@@ -443,9 +443,10 @@ def test_fresh_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> Non
     stage(run.round(1), []).execute()
     for name in ("report.html", "driver.json", "notes.txt"):
         (run.path / name).touch()
-    (run.path / "models").mkdir()
+    for name in ("models", "round_01.old"):
+        (run.path / name).mkdir()
     run.clear()
-    assert sorted(path.name for path in run.path.iterdir()) == ["models", "notes.txt"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["models", "notes.txt", "round_01.old"]
 
 
 def test_repair_makes_the_damaged_stage_and_those_behind_it_again(tmp_path: Path) -> None:
