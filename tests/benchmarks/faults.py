@@ -182,7 +182,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted((folder / "run").rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in ("lock", "failures.jsonl") or path.is_dir():
+        if path.name in ("lock", "failures.jsonl", "made_from") or path.is_dir():
             continue
         if path.name.endswith(".zst"):
             found |= {f"{path.parent.name} {tree.tree_id}": list(tree.to_rows()) for tree in read_trees(path.parent)}
@@ -194,7 +194,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def _timeless(value: Any) -> Any:
-    # outputs and inputs are digests of files with clocks in them
+    # outputs and inputs, as made_from, are digests of files with clocks in them
     gone = ("seconds", "worker", "inputs", "outputs", "machine", "problem", "infrastructure", "max_failure_rate")
     if isinstance(value, dict):
         return {key: _timeless(one) for key, one in value.items() if key not in gone}
