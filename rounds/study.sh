@@ -13,7 +13,7 @@
 # Runs live in runs/study/; tables, JSON and the settings go to rounds/results/<date>-<machine>/ and can be committed.
 #
 #   --tiny    on a toy model, in minutes: shows that the script works, and nothing else
-#   --gpu     ten times the problems, for a CUDA GPU
+#   --gpu     ten times the training problems and 700 held out, for a CUDA GPU
 #   --seed N  other problems, another training order (default 0)
 set -euo pipefail
 cd "$(dirname "$0")/.."

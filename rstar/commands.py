@@ -38,6 +38,12 @@ def evolve(options: argparse.Namespace) -> int:
 
 
 def one_round(options: argparse.Namespace) -> int:
+    module, config = _with_its_round(options)
+    return _drive(options, module, config, [options.number])
+
+
+def _with_its_round(options: argparse.Namespace) -> tuple[ModuleType, Any]:
+    """Recipe and config; refuses a round that the config does not have."""
     module, config = load_options(options)
     if options.number > config.run.rounds:
         raise UserError(
@@ -45,7 +51,7 @@ def one_round(options: argparse.Namespace) -> int:
             need=f"0 to run.rounds={config.run.rounds}",
             how=f"set run.rounds={options.number}",
         )
-    return _drive(options, module, config, [options.number])
+    return module, config
 
 
 def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers: Sequence[int]) -> int:
@@ -126,7 +132,7 @@ def stage(options: argparse.Namespace) -> int:
     from rstar.stopping import stop_on_signals
 
     stop_on_signals()
-    module, config = load_options(options)
+    module, config = _with_its_round(options)
     run = run_dir(config.run)
     run.acquire()
     try:

@@ -195,6 +195,7 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path: Path) -> None:
 
 def test_round_that_the_config_does_not_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     config = Path(__file__).parent.parent / "configs" / "rstar_math" / "tiny.yaml"
-    assert cli.run(["round", "3", str(config)]) == 2
-    said = capsys.readouterr().err
-    assert "round 3" in said and "run.rounds=2" in said and "run.rounds=3" in said
+    for command in (["round", "3", str(config)], ["search", str(config), "--round", "3"]):
+        assert cli.run(command) == 2
+        said = capsys.readouterr().err
+        assert "round 3" in said and "run.rounds=2" in said and "run.rounds=3" in said

@@ -158,7 +158,8 @@ class OpenAIPolicy:
         async with session.post(self._url, json=body) as response:
             text = await response.text(errors="replace")
             overflow = any(words in text.lower() for words in _OVERFLOW)
-            if (not overflow and response.status in (408, 409, 425, 429)) or (not overflow and response.status >= 500):
+            busy = response.status in (408, 409, 425, 429) or response.status >= 500
+            if busy and not overflow:
                 wish = _retry_after(response.headers.get("Retry-After"))
                 raise _Transient(f"HTTP {response.status}: {_message(text)}", wish)
             refused = [name for name in _EXTENSIONS if name in body and name in text]

@@ -157,7 +157,7 @@ def _frozen_stage(config: Config, run: RunDir) -> Stage:
     return Stage(
         here, "eval", settings_of(config), lambda: {"base": input_digest(here, "base")}, work, resumes=True,
         trees=(here.eval,),
-    )  # fmt: skip  # fmt: skip
+    )  # fmt: skip
 
 
 # -- round 1: the stream ---------------------------------------------------------------------------------------------

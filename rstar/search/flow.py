@@ -58,12 +58,12 @@ class _Flow:
                 node = await self._judge(node)
             else:
                 drawn = await self.chain.draw(node, 1)
-                if not drawn:  # no room to go on; node.error says so
-                    if node is self.tree.root:
-                        node = self.tree.add_child(node, text="", role=ANSWER, error=node.error)
-                    await self._end(node, TerminalReason.DEAD_END)
-                    break
-                node = await self._write(node, drawn[0])
+                if drawn:
+                    node = await self._write(node, drawn[0])
+                    continue
+                if node is self.tree.root:
+                    node = self.tree.add_child(node, text="", role=ANSWER)
+                await self._end(node, TerminalReason.DEAD_END)  # no room to go on
         return node
 
     async def deviate(self, node: Node) -> Node | None:
