@@ -108,7 +108,7 @@ class Study:
         """Round 1 alone, with other settings."""
         run = self.from_base(name, base)
         for number in ("0", "1"):
-            rstar("round", number, self.config, *self.overrides, "ppm.epochs=0", *settings, f"run.dir={run.path}")
+            rstar("round", number, self.config, *self.overrides, "run.rounds=1", "ppm.epochs=0", *settings, f"run.dir={run.path}")
         return run
 
     def compare(self, name: str, models: Sequence[Path], methods: str, trajectories: str, *more: str | Path) -> None:

@@ -314,7 +314,7 @@ def test_an_engine_outlives_the_event_loop_that_was_shut_down_with_work_inside(r
 
 async def test_closing_fails_what_is_in_flight(tiny_model):
     engine = fresh(tiny_model)
-    task = asyncio.create_task(engine.generate(PROMPTS[0], SamplingParams(max_tokens=1500)))
+    task = asyncio.create_task(engine.generate(PROMPTS[0], SamplingParams(n=4, max_tokens=1500)))
     await asyncio.sleep(0.05)
     await engine.close()
     await engine.close()

@@ -293,18 +293,26 @@ async def test_policy_and_scorer_at_work_together_give_what_each_gives_alone(
         assert [s.logprob for s in samples] == pytest.approx([sample.logprob] * 4, abs=1e-3)
 
 
+def stalled(engine: object) -> list[Any]:
+    """An engine's step that finishes nothing: its requests stay in flight."""
+    time.sleep(0.01)
+    return []
+
+
 async def test_an_untied_head_is_reloaded_too_and_a_closed_engine_says_so(
-    checkpoints: dict[str, Path], policy: VllmPolicy
+    checkpoints: dict[str, Path], policy: VllmPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
     engine = VllmPolicy(checkpoints["untied_policy"], SECTION)
     await assert_equals_transformers(engine, checkpoints["untied_policy"])
     await engine.load_weights(checkpoints["untied_other"])
     await assert_equals_transformers(engine, checkpoints["untied_other"])
-    pending = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=400)))
-    await asyncio.sleep(0.05)
-    await engine.close()
-    await engine.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm.LLMEngine, "step", stalled)
+        pending = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=400)))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        await engine.close()
     with pytest.raises(EngineError, match="closed"):
         await pending
     with pytest.raises(EngineError, match="closed"):
@@ -319,6 +327,7 @@ async def test_an_engine_that_dies_fails_all_its_requests_and_leaves_others_alon
     checkpoints: dict[str, Path], policy: VllmPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, step = VllmPolicy(checkpoints["policy"], SECTION), vllm.LLMEngine.step
+    monkeypatch.setattr(vllm.LLMEngine, "step", stalled)
     pending = [asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=400))) for _ in range(3)]
     await asyncio.sleep(0.05)
 
