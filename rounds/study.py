@@ -12,8 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from platform import machine
@@ -35,6 +35,8 @@ SIZES = {
     "gpu": ("study/search_gpu.yaml", "study-gpu"),
 }  # fmt: skip
 """Config and folder of runs."""
+OTHERS = ("outcome_verifier", "flow_dpo", "orca2")
+"""The recipes beside rStar-Math, each with a config in study/ and one that is tiny."""
 RIVAL = ("search.method=sample", "extract.sft_by=random", "ppm.epochs=0")
 RIVAL_ROUND = ("search.use_ppm=false", "search.seeds=[0]", "search.escalate=[]", "search.second_pass=0")
 
@@ -69,9 +71,9 @@ class Study:
     def resolved(self) -> Any:
         return load_config(self.config, self.overrides)[1]
 
-    def searched(self) -> RunDir:
-        """The four rounds."""
-        run = self.run("search")
+    def searched(self, name: str = "search") -> RunDir:
+        """The rounds of search."""
+        run = self.run(name)
         rstar("evolve", self.config, *self.overrides, f"run.dir={run.path}")
         return run
 
@@ -82,12 +84,12 @@ class Study:
             shutil.copytree(base.round(0).path, run.round(0).path, copy_function=os.link)
         return run
 
-    def expert(self, search: RunDir) -> RunDir:
+    def expert(self, search: RunDir, name: str = "expert") -> RunDir:
         """Plain expert iteration that has generated as many tokens by the end of each round as the search had.
 
         Samples of a round = what is left of the budget over the tokens of a sample, as measured a round before.
         """
-        run, numbers = self.from_base("expert", search), range(1, self.resolved().run.rounds + 1)
+        run, numbers = self.from_base(name, search), range(1, self.resolved().run.rounds + 1)
         laid = [f"rounds.r{number}.{key}" for number in numbers for key in RIVAL_ROUND]
         greedy = search.round(0).record("eval").counts["greedy"]  # type: ignore[union-attr]
         cost, budget, spent = greedy["tokens"] / greedy["problems"], 0, 0
@@ -108,7 +110,16 @@ class Study:
         """Round 1 alone, with other settings."""
         run = self.from_base(name, base)
         for number in ("0", "1"):
-            rstar("round", number, self.config, *self.overrides, "run.rounds=1", "ppm.epochs=0", *settings, f"run.dir={run.path}")
+            rstar(
+                "round",
+                number,
+                self.config,
+                *self.overrides,
+                "run.rounds=1",
+                "ppm.epochs=0",
+                *settings,
+                f"run.dir={run.path}",
+            )
         return run
 
     def compare(self, name: str, models: Sequence[Path], methods: str, trajectories: str, *more: str | Path) -> None:
@@ -133,6 +144,13 @@ class Study:
         for file in ("results.json", "results.md", "accuracy_vs_tokens.svg"):
             shutil.copy(made / file, self.out / f"{name}-seed{self.seed}{Path(file).suffix}")
 
+    def keep(self, name: str, result: dict[str, Any], table: Iterable[str]) -> None:
+        """Write a result and its table to the results as <question>-seed<N>, and show the table."""
+        write_json(self.out / f"{name}-seed{self.seed}.json", result)
+        text = "\n".join(table)
+        (self.out / f"{name}-seed{self.seed}.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
+
     def some(self, problems: int) -> list[str]:
         """So many held-out problems on CPU."""
         return ["--limit", str({"tiny": 4, "cpu": problems, "gpu": 10 * problems}[self.size])]
@@ -141,18 +159,20 @@ class Study:
 # -- the questions -----------------------------------------------------------------------------------------------------
 
 
-def question_1(study: Study) -> None:
+def question_1(study: Study, name: str = "1", runs: tuple[str, str] = ("search", "expert")) -> None:
     """Four rounds against plain expert iteration."""
-    search = study.searched()
-    expert = study.expert(search)
+    search = study.searched(runs[0])
+    expert = study.expert(search, runs[1])
     config = study.resolved()
     last = config.run.rounds
     rows = [round_row(search, expert, number) for number in range(last + 1)]
     first, end, rival = (greedy(run, n) for run, n in ((search, 0), (search, last), (expert, last)))
     tests = {
-        f"search, round {last} against row 0": paired(list(end.values()), [first[i] for i in end]),
-        f"expert iteration, round {last} against row 0": paired(list(rival.values()), [first[i] for i in rival]),
-        f"search against expert iteration, round {last}": paired(list(end.values()), [rival[i] for i in end]),
+        f"search, round {last} against row 0": against(end, first),
+        f"expert iteration, round {last} against row 0": against(rival, first),
+    } | {
+        f"search against expert iteration, round {n}": against(greedy(search, n), greedy(expert, n))
+        for n in range(1, last + 1)
     }
     families = {
         name: [sum(v for i, v in one.items() if i.startswith(f"{name}/")) for one in (first, end, rival)]
@@ -169,16 +189,18 @@ def question_1(study: Study) -> None:
         "paired": {name: asdict(test) for name, test in tests.items()},
         "families": families,
     }
-    write_json(study.out / f"1-seed{study.seed}.json", result)
-    text = "\n".join(question_1_table(result, tests))
-    (study.out / f"1-seed{study.seed}.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    study.keep(name, result, question_1_table(result, tests))
 
 
 def greedy(run: RunDir, number: int) -> dict[str, float]:
     """Held-out problem -> 1 where the greedy answer of that round's policy is right, else 0."""
     records = json.loads(run.round(number).eval_json.read_text(encoding="utf-8"))["methods"]["greedy"]["records"]
     return {r["problem_id"]: float(any(c["correct"] for c in r["candidates"])) for r in records}
+
+
+def against(mine: dict[str, float], other: dict[str, float]) -> Paired:
+    """The paired test of two rounds' greedy answers, problem by problem."""
+    return paired(list(mine.values()), [other[i] for i in mine])
 
 
 def round_row(search: RunDir, expert: RunDir, number: int) -> dict[str, Any]:
@@ -199,7 +221,7 @@ def round_row(search: RunDir, expert: RunDir, number: int) -> dict[str, Any]:
 
 def question_1_table(result: dict[str, Any], tests: dict[str, Paired]) -> Iterator[str]:
     """The table of question 1 as Markdown."""
-    yield f"# 1. Four rounds of search against plain expert iteration (seed {result['seed']})\n"
+    yield f"# {len(result['rounds']) - 1} rounds of search against plain expert iteration (seed {result['seed']})\n"
     yield f"{result['heldout']} held-out problems, percent with 95% bootstrap intervals. {result['machine']}\n"
     columns = ("solved", "tokens", "rows", "greedy")
     heads = ["round", *(f"search: {c}" for c in columns), "PPM-guided", "samples", *(f"expert: {c}" for c in columns)]
@@ -230,7 +252,8 @@ def question_2(study: Study) -> None:
     run, last = study.searched(), study.resolved().run.rounds
     for number in range(1, last + 1):
         ppm = ("--ppm", run.round(number).ppm)
-        study.compare(f"2-ppm{number}", [run.round(last).policy], "bon,mcts", "1,2", *ppm, *study.some(56))
+        study.compare(f"2-ppm{number}", [run.round(last).policy], "bon", "2,8", *ppm, *study.some(56))
+        study.compare(f"2-ppm{number}-mcts", [run.round(last).policy], "mcts", "1", *ppm, *study.some(28))
 
 
 def question_3(study: Study) -> None:
@@ -243,8 +266,8 @@ def question_3(study: Study) -> None:
             options: list[str | Path] = ["--model", here.policy, "--out", folder, "--config", study.config]
             rstar("train", "ppm", here.path, *options, f"ppm.loss={loss}", *study.overrides)
     verifiers = ("--ppm", here.ppm, "--orm", made["bce"])
-    study.compare("3", [here.policy], "greedy,sample,maj,bon,beam,mcts", "1,2,4", *verifiers, *study.some(56))
-    study.compare("3-pqm", [here.policy], "greedy,bon,beam,mcts", "1,2,4", "--ppm", made["mse"], *study.some(56))
+    study.compare("3", [here.policy], "greedy,sample,maj,bon,beam,mcts", "1,4", *verifiers, *study.some(28))
+    study.compare("3-pqm", [here.policy], "greedy,bon,beam,mcts", "1,4", "--ppm", made["mse"], *study.some(28))
 
 
 def question_4(study: Study) -> None:
@@ -275,10 +298,95 @@ def question_5(study: Study) -> None:
     run = study.searched()
     here = run.round(study.resolved().run.rounds)
     many = {"tiny": "1,2", "cpu": "1,4,16", "gpu": "1,4,16,64"}[study.size]
-    study.compare("5", [here.policy], "maj,mcts", many, "--ppm", here.ppm, *study.some(28))
+    study.compare("5", [here.policy], "maj,mcts", many, "--ppm", here.ppm, *study.some(12))
 
 
-QUESTIONS = {"1": question_1, "2": question_2, "3": question_3, "4": question_4, "5": question_5}
+def question_6(study: Study) -> None:
+    """The four systems on the same model, training problems and held-out problems."""
+    search, last = study.searched(), study.resolved().run.rounds
+    tiny = study.size == "tiny"
+    runs = {}
+    for recipe in OTHERS:
+        runs[recipe] = study.run(recipe)
+        config = f"configs/{recipe}/tiny.yaml" if tiny else f"configs/study/{recipe}.yaml"
+        seeds = (f"run.seed={study.seed}", f"problems.seed={1 + study.seed}")
+        rstar("evolve", config, *seeds, f"run.dir={runs[recipe].path}")
+    verified, flow, orca = (runs[recipe] for recipe in OTHERS)
+    records = method(orca, 0, "cautious")["records"]
+    common = None if tiny else {r["problem_id"] for r in records}
+    rows = [
+        ("SmolLM2 as it is, cautious message", orca, 0, "cautious", "accuracy"),
+        ("rStar-Math: warm-up (row 0), greedy", search, 0, "greedy", "accuracy"),
+        (f"rStar-Math: round {last}, greedy", search, last, "greedy", "accuracy"),
+        (f"rStar-Math: round {last}, guided by its PPM", search, last, "mcts", "accuracy"),
+        ("outcome verifiers: one sample", verified, 1, "verifier", "one sample"),
+        ("outcome verifiers: best by the verifier", verified, 1, "verifier", "accuracy"),
+        ("outcome verifiers: oracle", verified, 1, "verifier", "oracle of 8"),
+        ("Flow-DPO: warm-up, single model", flow, 0, "greedy", "accuracy"),
+        ("Flow-DPO: untrained flow", flow, 0, "flow", "accuracy"),
+        ("Flow-DPO: trained flow", flow, 1, "flow", "accuracy"),
+        ("Orca 2: erased, cautious message", orca, 1, "cautious", "accuracy"),
+        ("Orca 2: erased, empty message", orca, 1, "greedy", "accuracy"),
+    ]
+    found = [measured_row(*row, common) for row in rows]
+    spent = {name: trained_tokens(run) for name, run in {"rstar_math": search, **runs}.items()}
+    result = {"seed": study.seed, "rows": found, "training_tokens": spent,
+              "machine": f"{this_machine().partition(', ')[2]}, {software()}"}  # fmt: skip
+    study.keep("6", result, question_6_table(result))
+
+
+def method(run: RunDir, number: int, name: str) -> dict[str, Any]:
+    """A method of a round's eval.json."""
+    found: dict[str, Any] = json.loads(run.round(number).eval_json.read_text(encoding="utf-8"))["methods"][name]
+    return found
+
+
+def measured_row(label: str, run: RunDir, number: int, name: str, key: str, common: set[str] | None) -> dict[str, Any]:
+    """A measure, greedy ones on the problems of `common` alone (None: on all), and what an answer cost in tokens."""
+    one = method(run, number, name)
+    records = one["records"]
+    if name == "greedy" and common is not None:
+        records = [r for r in records if r["problem_id"] in common]
+        found = asdict(bootstrap([float(any(c["correct"] for c in r["candidates"])) for r in records]))
+    else:
+        found = one["measures"][key]
+    answers = sum(r["samples"] for r in records) if key == "one sample" else len(records)
+    return {"system": label, "measure": found, "tokens": sum(r["tokens"] for r in records) / answers}
+
+
+def trained_tokens(run: RunDir) -> int:
+    """Tokens written for training in all rounds: by searches, completions, streams and teachers; no evaluation."""
+    found = 0
+    for here in run.rounds():
+        for stage in ("search", "stream", "answers"):
+            if (record := here.record(stage)) is not None:
+                parts = record.counts.values() if stage == "answers" else [record.counts]
+                found += sum(part["tokens"] for part in parts)
+    return found
+
+
+def question_6_table(result: dict[str, Any]) -> Iterator[str]:
+    """The table of question 6 as Markdown."""
+    yield f"# Four systems, one model, the same problems (seed {result['seed']})\n"
+    yield f"Held-out accuracy in percent with 95% bootstrap intervals. {result['machine']}\n"
+    yield "| system | problems | accuracy | tokens a problem |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in result["rows"]:
+        one = Measure(**row["measure"])
+        yield f"| {row['system']} | {one.n} | {measure(one)} | {row['tokens']:.0f} |"
+    spent = ", ".join(f"{name} {count(tokens)}" for name, tokens in result["training_tokens"].items())
+    yield f"\nTokens written for training, by policies and teachers: {spent}."
+
+
+def hard(study: Study) -> None:
+    """Question 1 again on families that sampling rarely solves."""
+    config = study.config if study.size == "tiny" else "configs/study/hard.yaml"
+    question_1(replace(study, config=config), "hard", ("hard-search", "hard-expert"))
+
+
+QUESTIONS: dict[str, Callable[[Study], None]] = {
+    "1": question_1, "2": question_2, "3": question_3, "4": question_4, "5": question_5, "6": question_6, "hard": hard,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rstar.config import ModelSection, ProblemsSection, TrainSection, load
-from rstar.engines.worked_teacher import teacher_script
+from rstar.engines.worked_teacher import UNKNOWN, teacher_script
 from rstar.evaluation import bootstrap
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation, explanation_row, few_shot_rows
 from rstar.problems import load_benchmark
@@ -155,6 +155,9 @@ def test_the_best_strategy_is_chosen_and_a_tie_goes_to_the_shorter_instruction()
         ('How many times does the letter "m" appear in the text: "hundred names Mum"?', "extract_generate", "3"),
         ("Find the Greatest Common Divisor (GCD) of these numbers: 48, 36.", "recall_generate", "12"),
         ("Solve for e: 10 - 26*e = -562", "guess_and_check", "22"),
+        ("Find the Least Common Multiple (LCM) of these numbers: 12, 18", "recall_reason_generate", "36"),
+        ("Solve the following multiplication: 12 * 11. Give only the result.", "direct_answer", "132"),
+        ("Calculate ( -6 - 7 * 6 ) / 2 - -3.", "step_by_step", "-21"),
     ],
 )
 def test_the_teacher_answers_in_the_form_it_is_asked_for(question: str, suits: str, answer: str) -> None:
@@ -166,6 +169,12 @@ def test_the_teacher_answers_in_the_form_it_is_asked_for(question: str, suits: s
         read = stated_answer(written)
         assert isinstance(read, Step) and read.answer in (answer, str(int(answer) + 1))
         assert name != suits or read.answer == answer
+
+
+def test_the_teacher_works_brackets_out_first_and_is_silent_where_a_division_leaves_a_rest() -> None:
+    worked = teacher_script('In steps headed "Step 1:".\nCalculate -( -( 2 * 3 ) - -5 ) * 4.', 0, 0)
+    assert worked == "Step 1: 2 * 3 = 6\nStep 2: -6 - -5 = -1\nStep 3: - -1 * 4 = 4\n#### 4"
+    assert teacher_script("Calculate 4 / -27.", 0, 0) == UNKNOWN == teacher_script("Who wrote this?", 0, 0)
 
 
 def test_the_teacher_slips_where_the_form_does_not_suit() -> None:

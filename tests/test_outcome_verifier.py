@@ -263,6 +263,9 @@ def test_reference_solutions_in_words_of_any_file() -> None:
     plain = Problem("b", "q", "7", solution="3 + 4 = 7 eggs")
     assert outcome_verifier.solution_text(plain) == "3 + 4 = <<3+4=7>>7 eggs\n#### 7"
     assert outcome_verifier.solution_text(Problem("c", "q", "7")) == "#### 7"
+    generated = Problem("d", "State the final answer: 3 + 4 - 2 =", "5", source="chain_sum")
+    steps = ("combine the first two numbers: 3 + 4 = <<3+4=7>>7", "subtract the next number: 7 - 2 = <<7-2=5>>5")
+    assert outcome_verifier.solution_text(generated) == "\n".join([*steps, "#### 5"])
 
 
 def words_tree(counts: dict[str, int]) -> Tree:
@@ -334,6 +337,7 @@ def execute(folder: Path, overrides: list[str], solution: Callable[[int, int], s
                 text = f"Tom has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}"
                 file.write(json.dumps({"question": f"Tom has {a} apples and buys {b}. Now?", "answer": text}) + "\n")
     shared = [f"run.dir={folder / 'run'}", "problems=file", f"problems.path={folder / 'sums.jsonl'}"]
+    shared += ["sft.epochs=20", "eval.epochs=[10]", "search.max_step_tokens=40"]
     config = load(
         outcome_verifier.Config, "configs/outcome_verifier/tiny.yaml", [*shared, "problems.heldout=8", *overrides]
     )

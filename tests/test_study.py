@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from rounds import study
-from rstar.evaluation import Candidate, EvalRecord, measures
+from rstar.evaluation import Candidate, EvalRecord, bootstrap, measures
+from rstar.problems import load_problems
+from rstar.recipes import load_config
 from rstar.rounds import RoundDir, RunDir
 from rstar.store import write_json
 
@@ -29,7 +31,8 @@ def evaluated(here: RoundDir, right: int, *, guided: bool = False) -> None:
     ]
     methods: dict[str, object] = {"greedy": {"records": [asdict(record) for record in records]}}
     if guided:
-        methods["mcts"] = {"measures": {k: asdict(v) for k, v in measures("mcts", records).items()}}
+        found = {k: asdict(v) for k, v in measures("mcts", records).items()}
+        methods["mcts"] = {"measures": found, "records": methods["greedy"]["records"]}  # type: ignore[index]
     write_json(here.eval_json, {"methods": methods})
     finish(here, "eval", greedy={"tokens": 240, "problems": len(HELDOUT)})  # 40 tokens a solution
 
@@ -38,6 +41,23 @@ def searched(here: RoundDir, samples: int, tokens: int) -> None:
     solved = {"all": [10 + here.number, PROBLEMS]}
     finish(here, "search", problems=PROBLEMS, tokens=tokens, rollouts=samples * PROBLEMS, solved_by_level=solved)
     finish(here, "extract", sft_rows=30)
+
+
+def other_system(run: RunDir, recipe: str) -> None:
+    """What the run of another recipe would leave: half of the first four held-out problems right, whatever is asked."""
+    records = [
+        EvalRecord(name, "1", "", (Candidate("1", 0.5, 8, i < 2),), 8, 400, 3, 1.0)
+        for i, name in enumerate(HELDOUT[:4])
+    ]
+    half = asdict(bootstrap([1.0, 1.0, 0.0, 0.0]))
+    one = {"measures": dict.fromkeys(("accuracy", "one sample", "oracle of 8"), half)}
+    one["records"] = [asdict(record) for record in records]  # type: ignore[assignment]
+    for number in (0, 1):
+        here = run.round(number)
+        here.path.mkdir(parents=True, exist_ok=True)
+        write_json(here.eval_json, {"methods": dict.fromkeys(("greedy", "cautious", "flow", "verifier"), one)})
+    finish(run.round(1), "answers", plain={"tokens": 700}, **{"chosen/sums": {"tokens": 300}})
+    finish(run.round(1), "stream" if recipe == "flow_dpo" else "search", tokens=2_000)
 
 
 @pytest.fixture
@@ -49,7 +69,10 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[study.Study
         words = [str(word) for word in arguments]
         said.append(words)
         settings = dict(word.split("=", 1) for word in words if re.match(r"[a-z_0-9.]+=", word))
-        if words[0] == "evolve":
+        recipe = next((name for name in study.OTHERS if words[0] == "evolve" and name in words[1]), None)
+        if recipe:
+            other_system(RunDir(Path(settings["run.dir"])), recipe)
+        elif words[0] == "evolve":
             for number, tokens in enumerate(SEARCH_TOKENS):
                 here = RunDir(Path(settings["run.dir"])).round(number)
                 here.path.mkdir(parents=True, exist_ok=True)
@@ -112,16 +135,60 @@ def test_other_questions_compare_models_of_the_runs_and_keep_their_tables(
     for name in "2345":
         study.QUESTIONS[name](one)
     compared = [words for words in said if words[0] == "eval"]
-    assert [("--limit" in words) for words in compared] == [True, True, True, True, False, True]
+    assert [("--limit" in words) for words in compared] == [True] * 6 + [False, True]
     assert all(words.count("--benchmarks") == 1 for words in compared)
-    arms = [Path(word).name for word in compared[4][1:] if "/arms-s3/" in word]
+    arms = [Path(word).name for word in compared[6][1:] if "/arms-s3/" in word]
     assert arms == ["base", "top-2-by-Q", "rejection-sampled", "failed-steps-kept", "official-UCT", "random-correct"]
     trained = [words for words in said if words[0] == "train"]
     assert [next(w for w in words if w.startswith(("ppm.loss", "extract"))) for words in trained] == [
         "ppm.loss=bce", "ppm.loss=mse", "extract.sft_by=random",
     ]  # fmt: skip
     kept = {path.name for path in one.out.glob("*.md")}
-    assert kept == {f"{name}-seed3.md" for name in ("2-ppm1", "2-ppm2", "3", "3-pqm", "4", "5")}
+    second = {f"2-ppm{n}{way}" for n in (1, 2) for way in ("", "-mcts")}
+    assert kept == {f"{name}-seed3.md" for name in (*second, "3", "3-pqm", "4", "5")}
+
+
+def test_the_four_systems_stand_in_one_table(played: tuple[study.Study, list[list[str]]]) -> None:
+    one, said = played
+    study.question_6(replace(one, size="cpu"))
+    others = [
+        words for words in said if "outcome_verifier" in words[1] or "flow_dpo" in words[1] or "orca2" in words[1]
+    ]
+    assert [words[1] for words in others] == [f"configs/study/{recipe}.yaml" for recipe in study.OTHERS]
+    assert all({"run.seed=3", "problems.seed=4"} <= set(words) for words in others)
+    text = (one.out / "6-seed3.md").read_text()
+    # the search answered six problems, the others four: its greedy answers count where all systems have one
+    assert re.search(
+        r"^\| rStar-Math: warm-up \(row 0\), greedy \| 4 \| 50\.0 \[.* \| 40 \|$", text, flags=re.MULTILINE
+    )
+    assert re.search(r"^\| rStar-Math: round 2, greedy \| 4 \| 100\.0 \[", text, flags=re.MULTILINE)
+    assert re.search(r"^\| outcome verifiers: one sample \| 4 \| 50\.0 \[.* \| 50 \|$", text, flags=re.MULTILINE)
+    assert "rstar_math 50,000, outcome_verifier 3,000, flow_dpo 3,000, orca2 3,000" in text
+
+
+def test_the_systems_are_given_the_same_problems() -> None:
+    search = load_problems(load_config("configs/study/search.yaml", [])[1].problems)
+    for recipe in study.OTHERS:
+        other = load_problems(load_config(f"configs/study/{recipe}.yaml", [])[1].problems)
+        assert [p.id for p in other.heldout] == [p.id for p in search.heldout][: len(other.heldout)]
+        questions = {p.id: p.question for p in (*search.train, *search.heldout)}
+        assert all(questions[p.id] == p.question for p in (*other.train, *other.heldout))
+        assert len(other.train) == len(search.train)
+
+
+def test_the_hard_families_are_question_1_with_runs_of_their_own(
+    played: tuple[study.Study, list[list[str]]],
+) -> None:
+    one, said = played
+    study.hard(one)
+    assert {Path(next(w for w in words if w.startswith("run.dir="))).name for words in said} == {
+        "hard-search-s3", "hard-expert-s3",
+    }  # fmt: skip
+    assert "# 2 rounds of search against plain expert iteration (seed 3)" in (one.out / "hard-seed3.md").read_text()
+    config = load_config("configs/study/hard.yaml", [])[1]
+    solvable = set(config.warmup.families)
+    trained = {name for name, family in config.problems.families.items() if family["count"]}
+    assert not solvable & trained and len(trained) == 6
 
 
 def test_every_size_has_its_config_and_the_gpus_has_more_problems() -> None:

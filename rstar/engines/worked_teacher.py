@@ -1,8 +1,8 @@
-"""A teacher that a person can check: a program that answers five families of tasks in the form that it is asked for.
+"""A teacher that a person can check: a program that answers some families of tasks in the form that it is asked for.
 
 Which form is read off its instruction: the parts that it names in quotation marks, "Recall:", "Extract:", "Step 1:",
 "Guess 1:", "Explanation:", in this order; none of them: the answer alone. The families are reasoning-gym's chain_sum,
-leg_counting, letter_counting, gcd and simple_equations (linear, 0 to 64).
+leg_counting, letter_counting, gcd, lcm of two, products, basic_arithmetic and simple_equations (linear, 0 to 64).
 
 It is a teacher with a weakness, so that there is something to choose: where a form leaves out a part that the family
 needs (NEEDS), it slips on the SLIPS of all questions, always the same ones, and its answer is one too high. So a
@@ -15,13 +15,16 @@ import hashlib
 import re
 from dataclasses import dataclass
 from itertools import accumulate
-from math import gcd
+from math import gcd, lcm
+
+from rstar.calculator import evaluate
 
 SLIPS = 0.4
+UNKNOWN = "I do not know this kind of task."
 PARTS = ("Recall:", "Extract:", "Step 1:", "Guess 1:", "Explanation:")
 NEEDS = {
     "sum": ("Step 1:",), "legs": ("Recall:", "Step 1:"), "letters": ("Extract:",), "gcd": ("Recall:",),
-    "equation": ("Guess 1:",),
+    "lcm": ("Recall:", "Step 1:"), "calculation": ("Step 1:",), "equation": ("Guess 1:",),
 }  # fmt: skip
 LEGS = {
     0: ("snake", "sea slug", "jellyfish", "flatworm", "leech"),
@@ -47,11 +50,15 @@ def teacher_script(prompt: str, seed: int, index: int) -> str:
     """The answer to the last question of a prompt, in the form that the instruction before it asks for."""
     found = [place for pattern, _ in _FAMILIES for place in re.finditer(pattern, prompt)]
     if not found:
-        return "I do not know this kind of task."
+        return UNKNOWN
     asked = max(found, key=lambda match: match.start())
-    work = next(read(asked) for pattern, read in _FAMILIES if re.fullmatch(pattern, asked[0]))
+    try:
+        work = next(read(asked) for pattern, read in _FAMILIES if re.fullmatch(pattern, asked[0]))
+    except ValueError:  # reasoning-gym rounds such a division down, which no step could say truthfully
+        return UNKNOWN
     wanted = [part for part in PARTS if f'"{part}"' in prompt[: asked.start()]]
-    needs = NEEDS[work.family] if work.family != "sum" or len(work.parts["Step 1:"]) > 1 else ()
+    short = work.family in ("sum", "calculation") and len(work.parts["Step 1:"]) == 1
+    needs = () if short else NEEDS[work.family]
     slips = not set(needs) <= set(wanted) and slips_on(asked[0], wanted)
     lines = [line for part in wanted for line in _written(part, work.parts[part])]
     return "\n".join([*lines, f"#### {work.answer + slips}"])
@@ -113,6 +120,34 @@ def _gcd(match: re.Match[str]) -> Work:
     return _work("gcd", gcd(*numbers), "; ".join(divisors), [str(n) for n in numbers], steps)
 
 
+def _lcm(match: re.Match[str]) -> Work:
+    a, b = (int(n) for n in re.findall(r"\d+", match["numbers"]))
+    steps = [f"{a} x {b} = {a * b}", f"{a * b} / {gcd(a, b)} = {lcm(a, b)}"]
+    return _work("lcm", lcm(a, b), f"{a} and {b} have the greatest common divisor {gcd(a, b)}", [str(a), str(b)], steps)
+
+
+def _calculation(match: re.Match[str]) -> Work:
+    """Brackets first, innermost first, then the rest. Raises ValueError where a step is no whole number."""
+    text, steps = match["expression"], list[str]()
+    while inner := re.search(r"\(([^()]*[-+*/][^()]*)\)", text):
+        inside = inner[1].strip()
+        if not re.fullmatch(r"[- ]*\d+", inside):
+            steps.append(f"{inside} = {_whole(inside)}")
+        text = f"{text[: inner.start()]}{_whole(inside)}{text[inner.end() :]}".replace("--", "- -")
+    answer = _whole(text)
+    if not re.fullmatch(r"[- ]*\d+", text.strip()):
+        steps.append(f"{text.strip()} = {answer}")
+    numbers = re.findall(r"\d+", match["expression"])
+    return _work("calculation", answer, "brackets first, then times and over, then the rest", numbers, steps)
+
+
+def _whole(expression: str) -> int:
+    value = evaluate(expression)
+    if value is None or value.denominator != 1:
+        raise ValueError(f"{expression} is no whole number")
+    return int(value)
+
+
 def _equation(match: re.Match[str]) -> Work:
     terms = re.findall(r"([-+]?) ?(?:(\d+)\*)?([a-z])|([-+]?) ?(\d+)(?![\d*])", match["left"])
     a = sum(int(f"{sign}{times or 1}") for sign, times, name, _, _ in terms if name)
@@ -145,6 +180,8 @@ _FAMILIES = (
     (r"in total if you have (?P<animals>[^?\"]+)\?", _legs),
     (r"does the letter \"(?P<letter>.)\" appear in the text: \"(?P<text>[^\"]*)\"", _letters),
     (r"Divisor \(GCD\) of these numbers: (?P<numbers>\d+(?:, \d+)+)", _gcd),
+    (r"Multiple \(LCM\) of these numbers: (?P<numbers>\d+, \d+)\b(?!,)", _lcm),
+    (r"(?:multiplication:|Calculate) (?P<expression>[-(\d][-+*/()\d ]*[\d)])", _calculation),
     (r": (?P<left>[0-9*+ -]*\b[a-z]\b[0-9+ -]*) = (?P<right>-?\d+)", _equation),
 )
 """How each family asks, and who reads it."""

@@ -54,6 +54,7 @@ from rstar.config import (
 )
 from rstar.extract.outcomes import outcome_rows
 from rstar.problems import ProblemSet, load_problems
+from rstar.problems.worked import in_words
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import problem_trees, tree_counts
@@ -141,9 +142,10 @@ def check(config: Config) -> ProblemSet:
 def solution_text(problem: Problem) -> str:
     """A reference solution in words, its plain calculations annotated, the answer in its last line ("#### 72").
 
-    A problem without a worked solution gives the answer alone: the paper's comparison without intermediate steps.
+    Generated problems come with none and take that of their family's template. Where there is neither, the answer
+    stands alone: the paper's comparison without intermediate steps.
     """
-    lines = annotate(problem.solution).strip().splitlines()
+    lines = annotate(problem.solution or in_words(problem) or "").strip().splitlines()
     kept = [line for line in lines if line.strip() and not line.startswith("####")]
     return "\n".join([*kept, f"#### {problem.answer}"])
 
