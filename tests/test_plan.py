@@ -114,6 +114,23 @@ def test_dry_run_prints_four_rounds_without_model_network_or_data(
     assert text.count("search     to do") == text.count("ppm        to do") == 4 and "at most" in text
 
 
+@pytest.mark.parametrize(
+    ("config", "override", "said"),
+    [
+        ("rstar_math/quickstart", "ppm.epochs=0", "round 3 searches with a PPM, round 2 trains none"),
+        ("outcome_verifier/tiny", "eval.voters=[1]", "two numbers of voters"),
+        ("flow_dpo/tiny", "engine=simulated", "need hf or vllm"),
+        ("orca2/tiny", "rounds.r2.orca.arm=seen", "orca.arm=seen; need erased, visible, plain"),
+    ],
+)
+def test_dry_run_refuses_settings_that_do_not_go_together(
+    config: str, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rstar(["evolve", str(CONFIGS.parent / f"{config}.yaml"), "--dry-run", override]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and not captured.out
+
+
 def test_cost_counts_rollouts_seeds_escalation_and_the_second_pass() -> None:
     search = SearchSection(rollouts=10, candidates=4, seeds=[0, 1], escalate=[20, 40], second_pass=30)
     cost = search_cost(search, 100, Rates(expansions=3, tokens=50, unsolved=0.5, source=""))

@@ -13,7 +13,7 @@ NAMES = ("rstar_math", "outcome_verifier", "flow_dpo", "orca2")
 
 
 def recipe(name: str) -> ModuleType:
-    """The module of a recipe; each has Config, check and stages."""
+    """The module of a recipe; each has Config, check_settings, check and stages."""
     match name:
         case "rstar_math":
             from rstar.recipes import rstar_math

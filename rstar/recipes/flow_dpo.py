@@ -79,12 +79,8 @@ def stages(config: Config, number: int) -> list[Stage]:
     return compile_stages(config, run, number)
 
 
-def check(config: Config) -> ProblemSet:
-    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
-    from rstar.tokens import check_tokenizer, load_tokenizer
-
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install -e '.[lora]'")
+def check_settings(config: Config) -> None:
+    """What `check` finds in the settings alone, without a file. Raises UserError."""
     if config.search.method != "flow" or config.search.seeds != [0]:
         raise UserError(f"search.method={config.search.method}, seeds={config.search.seeds}", need="flow, seeds=[0]")
     if config.engine.kind not in ("hf", "vllm"):
@@ -93,6 +89,15 @@ def check(config: Config) -> ProblemSet:
         raise UserError(f"run.rounds={config.run.rounds}, flow.window={config.flow.window}", need="1 or 2; 1 or more")
     if config.compile.judged and config.compile.judge.kind == "openai" and not config.compile.judge.url:
         raise UserError("compile.judged without a judge", need="its server", how="set compile.judge.url and .model")
+
+
+def check(config: Config) -> ProblemSet:
+    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
+    from rstar.tokens import check_tokenizer, load_tokenizer
+
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install -e '.[lora]'")
+    check_settings(config)
     problems = load_problems(config.problems)
     if not problems.heldout or not problems.train:
         raise UserError("no training or no held-out problems", need="both", how="see problems.*")

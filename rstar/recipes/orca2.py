@@ -84,20 +84,13 @@ def stages(config: Config, number: int) -> list[Stage]:
     return [*before, *arm, _eval_stage(config, run, number)]
 
 
-def check(config: Config) -> ProblemSet:
-    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
+def check_settings(config: Config) -> None:
+    """What `check` finds in the settings alone, without a file. Raises UserError."""
     for number in range(1, config.run.rounds + 1):
         if (arm := for_round(config, number).orca.arm) not in ARMS:
             raise UserError(f"orca.arm={arm}", need=", ".join(ARMS))
     if config.search.method != "sample" or config.search.seeds != [0] or config.search.form == "steps":
         raise UserError("search.method, search.form or search.seeds", need="sample, stated (or text), [0]")
-    problems, strategies = load_problems(config.problems), load_strategies(config.orca.strategies)
-    if not problems.heldout:
-        raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
-    for task in {problem.level for problem in problems.train}:
-        strategies.candidates(task)
-    if config.weaker.epochs and not strategies.messages:
-        raise UserError(f"{config.orca.strategies} has no messages", need="some, or weaker.epochs=0")
     for name, one in (("teacher", config.teacher), ("weaker_teacher", config.weaker_teacher)):
         asked = name == "teacher" or config.weaker.epochs
         if asked and one.engine.kind == "openai" and not (one.engine.url and one.engine.model):
@@ -106,6 +99,18 @@ def check(config: Config) -> ProblemSet:
                 need="the address and the model of a server",
                 how=f"set both, or {name}.engine=hf",
             )
+
+
+def check(config: Config) -> ProblemSet:
+    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
+    check_settings(config)
+    problems, strategies = load_problems(config.problems), load_strategies(config.orca.strategies)
+    if not problems.heldout:
+        raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
+    for task in {problem.level for problem in problems.train}:
+        strategies.candidates(task)
+    if config.weaker.epochs and not strategies.messages:
+        raise UserError(f"{config.orca.strategies} has no messages", need="some, or weaker.epochs=0")
     heldout_problems(config.eval.benchmarks, problems, config.eval.problems)
     base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)

@@ -121,16 +121,21 @@ def stages(config: Config, number: int) -> list[Stage]:
     return [*drawn, *(make(config, run, number) for make in (_extract_stage, _verifier_stage, _eval_stage))]
 
 
-def check(config: Config) -> ProblemSet:
-    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
-    from rstar.tokens import check_tokenizer, load_tokenizer
-
+def check_settings(config: Config) -> None:
+    """What `check` finds in the settings alone, without a file. Raises UserError."""
     if config.search.method != "sample" or config.search.form not in ("text", "steps"):
         raise UserError(
             f"search.method={config.search.method}, search.form={config.search.form}", need="sample; text or steps"
         )
     if not config.eval.epochs or len(config.eval.voters) < 2:
         raise UserError("eval.epochs or eval.voters is too short", need="an epoch count and two numbers of voters")
+
+
+def check(config: Config) -> ProblemSet:
+    """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
+    from rstar.tokens import check_tokenizer, load_tokenizer
+
+    check_settings(config)
     problems = load_problems(config.problems)
     if not problems.heldout:
         raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")

@@ -39,8 +39,10 @@ class Cost:
 def plan(module: ModuleType, config: Any) -> str:
     """The plan of all rounds as text. Needs no GPU, model or network; writes nothing.
 
-    Of recipes other than rStar-Math it lists the stages and their state, without costs.
+    Of recipes other than rStar-Math it lists the stages and their state, without costs. Raises UserError for settings
+    that do not go together.
     """
+    module.check_settings(config)
     run = run_dir(config.run)
     train, heldout, note = problem_counts(config.problems)
     lines = [f"{run.path}: {note}; {count(heldout)} held out"]

@@ -120,15 +120,25 @@ def stages(config: Config, number: int) -> list[Stage]:
     return [*made, _eval_stage(config, run, number)]
 
 
+def check_settings(config: Config) -> None:
+    """What `check` finds in the settings alone, without a file. Raises UserError."""
+    for number in range(2, config.run.rounds + 1):
+        search = for_round(config, number).search
+        if search.use_ppm and not search.ppm and not for_round(config, number - 1).ppm.epochs:
+            raise UserError(
+                f"round {number} searches with a PPM, round {number - 1} trains none (ppm.epochs=0)",
+                need="a PPM, or search.use_ppm=false",
+            )
+
+
 def check(config: Config) -> ProblemSet:
     """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
     from rstar.tokens import check_tokenizer, load_tokenizer
 
+    check_settings(config)
     problems = load_problems(config.problems)
     if not problems.train:
-        raise UserError(
-            "no training problems are left", need="at least one", how="see problems.* in `rstar config FILE`"
-        )
+        raise UserError("no training problems are left", need="at least one", how="see problems.* in `rstar config`")
     if not problems.heldout and (config.problems.heldout_path or config.problems.heldout):
         raise UserError("no held-out problems are left", need="some, or problems.heldout=0 without a heldout_path")
     for number in range(1, config.run.rounds + 1):
@@ -138,13 +148,6 @@ def check(config: Config) -> ProblemSet:
                 f"rounds.r{number}.problems changes the held-out problems",
                 need="the same ones in all rounds, or their figures can't be compared",
                 how="give them a file of their own: problems.heldout_path",
-            )
-    for number in range(2, config.run.rounds + 1):
-        search = for_round(config, number).search
-        if search.use_ppm and not search.ppm and not for_round(config, number - 1).ppm.epochs:
-            raise UserError(
-                f"round {number} searches with a PPM, round {number - 1} trains none (ppm.epochs=0)",
-                need="a PPM, or search.use_ppm=false",
             )
     if config.bootstrap.enabled:
         question_wrapper(config.bootstrap.model.base, config.bootstrap.model)
