@@ -284,8 +284,10 @@ def question_4(study: Study) -> None:
         "base": search.round(0).policy,
         "top-2-by-Q": search.round(1).policy,
         "rejection-sampled": expert.round(1).policy,
-        "failed-steps-kept": study.one_round("unfiltered", search, "search.drop_failed_steps=false").round(1).policy,
-        "official-UCT": study.one_round("official", search, "search.unvisited_first=false").round(1).policy,
+        "failed-steps-kept": study.one_round("unfiltered", search, "rounds.r1.search.drop_failed_steps=false")
+        .round(1)
+        .policy,
+        "official-UCT": study.one_round("official", search, "rounds.r1.search.unvisited_first=false").round(1).policy,
     }
     for name, policy in arms.items():
         if not (folder / name).exists():
@@ -350,8 +352,11 @@ def measured_row(label: str, run: RunDir, number: int, name: str, key: str, comm
         found = asdict(bootstrap([float(any(c["correct"] for c in r["candidates"])) for r in records]))
     else:
         found = one["measures"][key]
+    tokens = sum(r["tokens"] for r in records)
+    if record := run.round(number).record("candidates"):  # a verifier's trees are those candidates, scored
+        tokens = record.counts["tokens"]
     answers = sum(r["samples"] for r in records) if key == "one sample" else len(records)
-    return {"system": label, "measure": found, "tokens": sum(r["tokens"] for r in records) / answers}
+    return {"system": label, "measure": found, "tokens": tokens / answers}
 
 
 def trained_tokens(run: RunDir) -> int:

@@ -57,6 +57,10 @@ def other_system(run: RunDir, recipe: str) -> None:
         here.path.mkdir(parents=True, exist_ok=True)
         write_json(here.eval_json, {"methods": dict.fromkeys(("greedy", "cautious", "flow", "verifier"), one)})
     finish(run.round(1), "answers", plain={"tokens": 700}, **{"chosen/sums": {"tokens": 300}})
+    if recipe == "outcome_verifier":  # the ranked trees hold its tokens; they generated nothing themselves
+        one["records"] = [record | {"tokens": 0} for record in one["records"]]  # type: ignore[union-attr,misc]
+        finish(run.round(1), "candidates", tokens=1_600)
+        write_json(run.round(1).eval_json, {"methods": {"verifier": one}})
     finish(run.round(1), "stream" if recipe == "flow_dpo" else "search", tokens=2_000)
 
 

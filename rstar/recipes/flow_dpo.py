@@ -55,6 +55,7 @@ from rstar.recipes.flow_parts import (
     search_job,
     settings_of,
     single_pass,
+    start,
     stop_rows,
     trees_of,
 )
@@ -115,9 +116,13 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
     settings |= {"search": {"form": config.search.form}, "run": seed_of(config.run)}
 
     def work() -> StageResult:
-        base = base_model(config.model, run.path, seed=config.run.seed)
+        base, outputs = base_model(config.model, run.path, seed=config.run.seed), list[Path]()
+        if config.model.step_tokens:
+            from rstar.training.vocabulary import with_step_tokens
+
+            base, outputs = str(with_step_tokens(base, start(run))), [start(run)]
         if not config.warmup.enabled:
-            return StageResult((), {"base": base})
+            return StageResult(tuple(outputs), {"base": base})
         from rstar.training.sft import train_policy
 
         pool, own = load_problems(config.problems), config.warmup
@@ -132,7 +137,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         )
         with TrainingProgress("warm-up") as progress:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((here.policy,), {"base": base, **asdict(result)})
+        return StageResult((*outputs, here.policy), {"base": base, **asdict(result)})
 
     return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
 

@@ -95,7 +95,14 @@ def base_of(config: Config, run: RunDir) -> str:
     """What adapters and compiled models start from: the warm-up where there is one, else the base model."""
     if config.warmup.enabled:
         return str(run.round(0).policy)
+    if config.model.step_tokens:
+        return str(start(run))
     return base_model(config.model, run.path, seed=config.run.seed)
+
+
+def start(run: RunDir) -> Path:
+    """The base model with the step delimiters in its vocabulary, where model.step_tokens asks for that."""
+    return run.round(0).path / "start"
 
 
 def solution_text(problem: Problem) -> str:
