@@ -20,35 +20,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from rstar.config import (
-    EngineSection,
-    EvalSection,
-    ExtractSection,
-    ModelSection,
-    PpmSection,
-    ProblemsSection,
-    RunSection,
-    SearchSection,
-    TrainSection,
-    WarmupSection,
-    digest,
-    to_dict,
-)
+from rstar import config
+from rstar.config import RunSection, digest, to_dict
 from rstar.machine import software, this_machine
 from rstar.store import TEMPORARY, path_digest, read_json, repair, room_for, write_json
 from rstar.types import UserError
 
 SECTIONS: Mapping[str, Callable[[], Any]] = {
-    "engine": EngineSection,
-    "eval": EvalSection,
-    "extract": ExtractSection,
-    "model": ModelSection,
-    "ppm": PpmSection,
-    "problems": ProblemsSection,
-    "run": RunSection,
-    "search": SearchSection,
-    "sft": TrainSection,
-    "warmup": WarmupSection,
+    "engine": config.EngineSection,
+    "eval": config.EvalSection,
+    "extract": config.ExtractSection,
+    "model": config.ModelSection,
+    "ppm": config.PpmSection,
+    "problems": config.ProblemsSection,
+    "run": config.RunSection,
+    "search": config.SearchSection,
+    "sft": config.TrainSection,
+    "warmup": config.WarmupSection,
 }
 """The shared sections as stages record them, for the defaults of keys that are younger than a record."""
 
@@ -138,6 +126,11 @@ class RoundDir:
         path = self.started_note(stage)
         return dict(read_json(path)) if path.exists() else {}
 
+    def stopped(self, stage: str, seconds: float) -> None:
+        """Note how long a stage took that is to be resumed, for its record."""
+        if note := self.started(stage):
+            write_json(self.started_note(stage), note | {"seconds": note.get("seconds", 0.0) + seconds})
+
     def drop(self, stage: str) -> list[str]:
         """Forget that `stage` and the stages behind it are finished; returns those. Their files stay where they are."""
         names = list(records := self.records())
@@ -175,15 +168,19 @@ class RoundDir:
         counts: Mapping[str, Any],
         seconds: float,
     ) -> StageRecord:
-        """Write the record of a stage whose outputs are in place; the last act of a stage."""
-        version, begun_by = software(), self.started(stage).get("version", "")
+        """Write the record of a stage whose outputs are in place; the last act of a stage.
+
+        `seconds` are added to those of earlier attempts that were stopped (lost where one was killed).
+        """
+        version, begun = software(), self.started(stage)
+        begun_by = begun.get("version", "")
         record = StageRecord(
             stage=stage,
             settings=dict(settings),
             inputs=dict(inputs),
             outputs={str(p.relative_to(self.path)): path_digest(p) for p in outputs},
             counts=dict(counts),
-            seconds=round(seconds, 2),
+            seconds=round(seconds + begun.get("seconds", 0.0), 2),
             version=f"{begun_by}; then {version}" if begun_by not in ("", version) else version,
             machine=this_machine(),
         )
@@ -381,7 +378,11 @@ class Stage:
             _keep_or_clear(folder, digest({"settings": self.settings, "inputs": inputs}))
         if self.resumes and not self.round.started(self.name):
             self.round.start(self.name, self.settings, inputs)
-        result = self.run()
+        try:
+            result = self.run()
+        except BaseException:
+            self.round.stopped(self.name, time.monotonic() - begun)
+            raise
         return self.round.finish(
             self.name,
             settings=self.settings,

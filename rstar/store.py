@@ -201,13 +201,16 @@ def shards(folder: Path) -> list[Path]:
 def index(folder: Path) -> dict[str, FrameRef]:
     """Newest frame of each tree id in the folder; sorted by tree id.
 
-    A higher revision is newer; within one, a complete frame replaces an incomplete one, and a later one an earlier.
+    A higher revision is newer; within one, a complete frame replaces an incomplete one, and a later one an earlier. Of
+    unfinished trees of two workers it is the one that has grown further.
     """
     newest: dict[str, FrameRef] = {}
     for path in shards(folder):
         for ref in scan(path).frames:
             known = newest.get(ref.tree_id)
             if known is None or (ref.revision, ref.complete) >= (known.revision, known.complete):
+                if known and known.path != ref.path and known.revision == ref.revision and not ref.complete:
+                    ref = max(known, ref, key=lambda one: read_head(one)["rollouts_done"])
                 newest[ref.tree_id] = ref
     return dict(sorted(newest.items()))
 

@@ -146,6 +146,21 @@ async def test_dvts_needs_as_many_starts_as_subtrees() -> None:
     assert len(expander.tree.nodes) == 3 and expander.tree.nodes[1].terminal is TerminalReason.DEAD_END
 
 
+async def test_dvts_deals_out_what_can_be_followed_and_no_failures() -> None:
+    """Starts 1 and 3 fail: dealt out in turn with the others, both would be the second subtree's."""
+
+    def script(prompt: str, seed: int, index: int) -> str:
+        if depth_of(prompt) == 0:
+            return step(1, f"x1 = {index}" if index % 2 == 0 else f"boom({index})")
+        return branching(2, lambda made: True)(prompt, seed, index)
+
+    expander = grow(script, candidates=2, score=lambda text: 0.5)
+    await dvts(expander, 2)
+    first = expander.tree.children(expander.tree.root)
+    assert [child.terminal is None for child in first] == [True, False, True, False]
+    assert first[0].expanded and first[2].expanded
+
+
 class Counted:
     def __init__(self, score: Callable[[str], float]) -> None:
         self.score_text, self.calls = score, 0

@@ -26,7 +26,7 @@ from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.tree import Tree
-from rstar.types import TerminalReason
+from rstar.types import TerminalReason, UserError
 from tests.fakes import answer, branching, depth_of, finish, grow, problem, step
 from tests.training_rows import pair_rows
 from tests.training_rows import sft_rows as solution_rows
@@ -135,6 +135,8 @@ def test_deviation_D6_scores_are_squashed_and_the_loss_is_on_raw_scores() -> Non
     served = [squash(raw, default.score_scale) for raw in (1.2, 0.4, -0.3, 0.1)]
     assert served == pytest.approx([0.235496, 0.079830, -0.059928, 0.019997], abs=1e-6)
     assert squash(1.2, paper.score_scale) == pytest.approx(math.tanh(1.2))
+    with pytest.raises(UserError, match="NaN"):  # of a forward pass that overflowed: no tree may keep it
+        squash(math.nan, 1.0)
 
 
 @pytest.mark.parametrize("tanh_in_loss", [False, True])

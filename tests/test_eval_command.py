@@ -117,6 +117,36 @@ def test_more_searches_and_problems_add_to_what_is_there(command: list[str], tmp
     assert found["benchmarks"][0]["problems"] == 1 and {r["trajectories"] for r in found["rows"]} == {1, 3}
 
 
+def test_a_model_is_known_again_beside_another_of_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named after its folder alone it is "policy", beside another run's policy "a/policy"."""
+    models = [str(tmp_path / run_ / "policy") for run_ in ("a", "b")]
+    rest = [
+        "--benchmarks",
+        str(sums(tmp_path / "sums.jsonl", 2)),
+        "--methods",
+        "greedy",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert run(["eval", models[0], *rest, *SIMULATED]) == 0
+    capsys.readouterr()
+    assert run(["eval", *models, *rest, *SIMULATED]) == 0
+    assert re.findall(r"(\d+) problems(, \d+ already done)?", capsys.readouterr().out) == [
+        ("2", ", 2 already done"), ("2", ""),
+    ]  # fmt: skip
+
+
+def test_other_examples_in_the_prompt_are_answered_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shots = tmp_path / "shots.yaml"
+    made = ["eval", "one", "--benchmarks", str(sums(tmp_path / "sums.jsonl", 2)), "--methods", "greedy"]
+    made += ["--out", str(tmp_path / "out"), *SIMULATED, f"model.few_shot={shots}"]
+    for question in ("1 + 1?", "2 + 2?"):
+        shots.write_text(f"- {{question: '{question}', solution: 'The answer is 2.'}}\n")
+        capsys.readouterr()
+        assert run(made) == 0
+        assert "already done" not in capsys.readouterr().out
+
+
 def test_plot_and_markdown_are_whole(command: list[str]) -> None:
     svg = ElementTree.parse(out_of(command) / "accuracy_vs_tokens.svg").getroot()
     assert svg.tag.endswith("svg") and len(list(svg.iter("{http://www.w3.org/2000/svg}polyline"))) >= 2

@@ -16,8 +16,9 @@ from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
 from rstar.rounds import RoundDir
 from rstar.sandbox import Counts
 from rstar.search import collect
-from rstar.store import read_trees
+from rstar.store import TreeWriter, read_trees
 from rstar.tree import Tree
+from rstar.types import TerminalReason
 from tests.fakes import LiteralSession, branching
 
 CONFIG = """
@@ -241,6 +242,18 @@ def test_trees_of_the_second_pass_are_taken_up_with_the_others(
     assert "rounds.r1.search.second_pass=5" in settings(capsys.readouterr().out)
     assert len(trees(folder)) == 6
     assert all((tree.ppm, tree.rollouts_done, tree.revision) == (ppm, 5, 1) for tree in trees(folder).values())
+
+
+def test_what_the_second_pass_has_solved_is_not_grown_with_the_unsolved(rstar: Rstar, tmp_path: Path) -> None:
+    folder = RoundDir(tmp_path / "other", 1)
+    assert rstar("search", "search.second_pass=2", name="other") == 0
+    lucky = trees(folder)["p1#1"]
+    next(node for node in lucky.nodes if node.terminal is TerminalReason.ANSWER).reward = 1.0
+    with TreeWriter(folder.path / "trees-z.jsonl.zst") as writer:
+        writer.append(lucky)
+    assert rstar("search", "search.second_pass=2", "--continue", "8", "--unsolved", name="other") == 0
+    grown = {name: tree.rollouts_done for name, tree in trees(folder).items()}
+    assert grown == {"p0#0": 3, "p1#0": 3, "p1#1": 2, "p2#0": 3, "p3#0": 8, "p3#1": 2}
 
 
 def test_ppm_that_the_trees_will_train_again_is_refused(

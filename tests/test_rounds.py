@@ -9,10 +9,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rstar import rounds
 from rstar.recipes import load_config
 from rstar.recipes.rstar_math import base_checkpoint, check, ppm_rows, stages
 from rstar.report.unsolved import unsolved, unsolved_text
@@ -94,6 +96,28 @@ def test_stage_that_resumes_in_its_middle_is_not_continued_from_other_settings(t
     assert search(8, interrupted).finished() is None
     search(8, lambda: StageResult((), {})).execute()
     assert not list(here.path.glob(".*started*"))
+
+
+def test_a_resumed_stage_counts_the_time_of_all_its_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, clock = RunDir(tmp_path).round(1), [0.0]
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
+
+    def work(seconds: float, stopped: bool) -> Callable[[], StageResult]:
+        def run() -> StageResult:
+            clock[0] += seconds
+            if stopped:
+                raise KeyboardInterrupt
+            return StageResult((), {})
+
+        return run
+
+    def search(seconds: float, stopped: bool) -> Stage:
+        return Stage(here, "search", {}, dict, work(seconds, stopped), resumes=True)
+
+    for seconds in (100.0, 20.0):
+        with pytest.raises(KeyboardInterrupt):
+            search(seconds, True).execute()
+    assert search(3.0, False).execute().seconds == 123.0
 
 
 def test_failure_in_a_stage_leaves_no_record(tmp_path: Path) -> None:

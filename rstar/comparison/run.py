@@ -36,6 +36,7 @@ from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_records, eval_search, problem_trees
 from rstar.report.progress import SearchProgress
 from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.store import file_digest
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
 
@@ -236,8 +237,13 @@ def _pass(
         "scorer": fingerprint(contender.ppm) if search.use_ppm else "",
         "problems": q.identity,
     }
-    model = contender.name.replace("/", "_")
-    return SearchPass((out / "trees" / model / q.name / f"{way}-{digest(made_by)}").resolve(), search, test_time=True)
+    if settings.model.few_shot:
+        made_by["few_shot"] = file_digest(Path(settings.model.few_shot).expanduser())
+    made = Path(q.name) / f"{way}-{digest(made_by)}"
+    # A model's name here depends on which others are named beside it; what its answers were made by does not.
+    known = sorted(folder / made for folder in (out / "trees").glob("*") if (folder / made).is_dir())
+    folder = known[0] if known else out / "trees" / contender.name.replace("/", "_") / made
+    return SearchPass(folder.resolve(), search, test_time=True)
 
 
 def _chosen(section: SearchSection | ModelSection) -> dict[str, Any]:
@@ -255,7 +261,8 @@ def _scored(samples: SearchPass, verifier: str) -> SearchPass:
 def fingerprint(checkpoint: str) -> list[Any]:
     """What tells one checkpoint from a later one in the same folder, without reading gigabytes."""
     folder = Path(checkpoint)
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
+    kinds = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+    files = [file for kind in kinds for file in sorted(folder.glob(kind))] if folder.is_dir() else []
     return [checkpoint, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
 
 

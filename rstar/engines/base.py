@@ -64,8 +64,13 @@ def squash(raw: float, scale: float) -> float:
     """Map a raw PPM logit to [-1, 1]: tanh(raw / scale). The one place where the squash stands.
 
     The paper has tanh in the head (rStar-Math section 3.3); the official code trains on the raw logit and scores with
-    tanh(raw / 5). `scale` is stored with each checkpoint (config key `rstar_score_scale`).
+    tanh(raw / 5). `scale` is stored with each checkpoint (config key `rstar_score_scale`). Raises UserError for NaN: it
+    would outlive its search in the trees.
     """
+    if math.isnan(raw):
+        raise UserError(
+            "the PPM gave NaN for a score", need="finite scores", how="engine.dtype=float32 or bfloat16, or another PPM"
+        )
     return math.tanh(raw / scale)
 
 

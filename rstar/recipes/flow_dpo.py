@@ -61,7 +61,7 @@ from rstar.recipes.flow_parts import (
 )
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
-from rstar.recipes.starting import problem_files, seed_of
+from rstar.recipes.starting import files_read, seed_of
 from rstar.report.progress import Progress, TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
@@ -139,7 +139,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
         return StageResult((*outputs, here.policy), {"base": base, **asdict(result)})
 
-    return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
+    return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
 
 
 def _frozen_stage(config: Config, run: RunDir) -> Stage:

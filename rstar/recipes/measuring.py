@@ -30,6 +30,12 @@ def problem_trees(folder: Path) -> Iterator[list[Tree]]:
         yield [read_frame(ref) for ref in group]
 
 
+def unsolved(problems: Iterable[Problem], folder: Path) -> list[Problem]:
+    """The problems for which no finished tree of a folder has a correct answer."""
+    solved = {trees[0].problem.id for trees in problem_trees(folder) if any(tree.solved for tree in trees)}
+    return [problem for problem in problems if problem.id not in solved]
+
+
 def tree_counts(pool: Sequence[Problem], folder: Path) -> dict[str, Any]:
     """What the trees of a folder hold in all; streams them."""
     solved: dict[str, bool] = {}

@@ -58,7 +58,7 @@ from rstar.problems.worked import in_words
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import problem_trees, tree_counts
-from rstar.recipes.starting import problem_files, seed_of
+from rstar.recipes.starting import files_read, seed_of
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
@@ -181,7 +181,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         write_rows(here.sft, rows)
         return StageResult(tuple(outputs), {"base": base, "rows": len(rows), "problems": len(pool.train)})
 
-    return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
+    return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
 
 
 def _reference_row(problem: Problem, wrap: Callable[[str], str]) -> SftRow:

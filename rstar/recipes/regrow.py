@@ -94,7 +94,7 @@ def take_up(module: ModuleType, config: Any, source: tuple[str, list[str]], numb
                 f"{here.path} has no finished search", how=f"run it first: rstar search {path} --round {number}"
             )
         revision = 1 + max((ref.revision for ref in index(here.trees).values()), default=0)
-        here.start("search", **wanted, revision=revision, rescore=bool(change.ppm))
+        here.start("search", **wanted, revision=revision, rescore=bool(change.ppm), unsolved=change.unsolved)
     dropped = [name for name in here.drop("search") if name != "search"]
     if dropped:
         print(f"{here.path}: to be made again from the new trees: {', '.join(dropped)}", flush=True)

@@ -76,14 +76,14 @@ from rstar.config import (
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts
+from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts, unsolved
 from rstar.recipes.rows import policy_rows, scorer_rows
-from rstar.recipes.starting import problem_files, seed_of
+from rstar.recipes.starting import files_read, seed_of
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
 from rstar.store import index, path_digest, shards, write_json, write_rows
-from rstar.tokens import question_wrapper
+from rstar.tokens import check_tokenizer, load_tokenizer, question_wrapper
 from rstar.tree import Tree
 from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
 
@@ -133,8 +133,6 @@ def check_settings(config: Config) -> None:
 
 def check(config: Config) -> ProblemSet:
     """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
-    from rstar.tokens import check_tokenizer, load_tokenizer
-
     check_settings(config)
     problems = load_problems(config.problems)
     if not problems.train:
@@ -206,7 +204,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
             result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
         return StageResult((*outputs, here.policy), counts | asdict(result))
 
-    return Stage(here, "base", settings, lambda: problem_files(config.problems), work)
+    return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
 
 
 # -- search ----------------------------------------------------------------------------------------------------------
@@ -228,7 +226,8 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
     }
 
     def inputs() -> dict[str, str]:
-        found = {"policy": input_digest(before, "base" if number == 1 else "policy"), **problem_files(config.problems)}
+        start = "base" if number == 1 else "policy"
+        found = {"policy": input_digest(before, start), **files_read(config.problems, writer.model)}
         if config.search.use_ppm:
             found["ppm"] = path_digest(Path(config.search.ppm)) if config.search.ppm else input_digest(before, "ppm")
         return found
@@ -239,9 +238,10 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
         return absolute(base_checkpoint(config, run) if number == 1 else str(before.policy))
 
     def work() -> StageResult:
-        pool = load_problems(config.problems).train
+        pool, notes = load_problems(config.problems).train, here.started("search").get("notes", {})
+        unsolved_only = notes.pop("unsolved", False)  # of trees that are taken up again
         job = SearchJob(
-            passes=(SearchPass(here.path.resolve(), config.search, **here.started("search").get("notes", {})),),
+            passes=(SearchPass(here.path.resolve(), config.search, **notes),),
             engine=writer.engine,
             sandbox=config.sandbox,
             model=writer.model,
@@ -255,11 +255,11 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             with SearchProgress(f"round {number} {name}", total=total, already=total - len(todo)) as progress:
                 search_all(job, todo, config.cluster, progress)
 
-        search(job, pool, "search")
+        search(job, unsolved(pool, here.trees) if unsolved_only else pool, "search")
         if again := second_pass(config.search):
-            solved = {trees[0].problem.id for trees in problem_trees(here.trees) if any(t.solved for t in trees)}
             had = {name.rpartition("#")[0] for name in index(here.trees) if name.endswith(f"#{again.seeds[0]}")}
-            left = [problem for problem in pool if problem.id not in solved or problem.id in had]
+            had |= {problem.id for problem in unsolved(pool, here.trees)}
+            left = [problem for problem in pool if problem.id in had]
             if left:
                 search(replace(job, passes=(replace(job.passes[0], search=again),)), left, "second pass")
         return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
@@ -386,7 +386,7 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
     }
 
     def inputs() -> dict[str, str]:
-        files = problem_files(config.problems)
+        files = files_read(config.problems, config.model)
         if number == 0:
             return {"policy": input_digest(here, "base"), **files}
         return {name: input_digest(here, name) for name in ("policy", "ppm") if name == "policy" or with_ppm} | files

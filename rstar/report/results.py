@@ -170,7 +170,11 @@ def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> Round
     search, extract, ppm = counts("search"), counts("extract"), counts("ppm") or counts("verifier")
     found = read_json(folder.eval_json) if "eval" in records and folder.eval_json.exists() else {"methods": {}}
     evaluated = found["methods"]
-    tokens = {"search": int(search["tokens"])} if "tokens" in search else {}
+    tokens = {
+        name: int(counts(name)["tokens"]) for name in ("search", "candidates", "stream") if "tokens" in counts(name)
+    }
+    if told := [one["tokens"] for one in counts("answers").values() if isinstance(one, Mapping) and "tokens" in one]:
+        tokens["answers"] = int(sum(told))
     tokens |= {f"eval {method}": int(one["tokens"]) for method, one in evaluated.items()}
     heldout = bool(ppm.get("heldout_after"))
     side = "heldout" if heldout else "train"

@@ -39,7 +39,8 @@ async def dvts(expander: Expander, subtrees: int) -> None:
 async def _descend(expander: Expander, *, width: int, subtrees: int) -> None:
     begun, tree = time.monotonic(), expander.tree
     first = await expander.expand(tree.root, subtrees * expander.sampling.candidates)
-    beams = [_keep(first[i::subtrees], width) for i in range(subtrees)]
+    starts = _able(first)  # dealt out without the failures, or a subtree might get nothing else
+    beams = [_keep(starts[i::subtrees], width) for i in range(subtrees)]
     while live := [node for beam in beams for node in beam.live]:
         await expander.expand_all(live)
         below = [[child for node in beam.live for child in tree.children(node)] for beam in beams]
@@ -54,10 +55,14 @@ def _keep(children: Sequence[Node], width: int) -> _Beam:
     Ties go to the node created first. The released selector slices the unfiltered list, so there finished nodes keep
     places and prompts are matched with the wrong parents.
     """
-    able = [child for child in children if child.terminal in (None, TerminalReason.ANSWER)]
-    best = sorted(able, key=_value, reverse=True)[:width]
+    best = sorted(_able(children), key=_value, reverse=True)[:width]
     live = tuple(node for node in best if node.terminal is None)
     return _Beam(width - (len(best) - len(live)), live)
+
+
+def _able(children: Sequence[Node]) -> list[Node]:
+    """Those that go on, or are answers."""
+    return [child for child in children if child.terminal in (None, TerminalReason.ANSWER)]
 
 
 def _value(node: Node) -> float:
