@@ -19,12 +19,12 @@ from pathlib import Path
 from platform import machine
 from typing import Any
 
-from rstar.config import digest, to_dict
+from rstar.config import digest, for_round, to_dict
 from rstar.evaluation import Measure, Paired, bootstrap, paired
 from rstar.machine import software, this_machine
 from rstar.problems import load_problems
 from rstar.recipes import load_config
-from rstar.report.results import count, measure
+from rstar.report.results import count, measure, share
 from rstar.rounds import RunDir
 from rstar.store import write_json, write_rows
 from rstar.types import UserError
@@ -77,11 +77,12 @@ class Study:
         rstar("evolve", self.config, *self.overrides, f"run.dir={run.path}")
         return run
 
-    def from_base(self, name: str, base: RunDir) -> RunDir:
-        """A run that shares the warm-up of `base`."""
+    def from_base(self, name: str, base: RunDir, rounds: int = 1) -> RunDir:
+        """A run that shares the warm-up of `base`, or its first so many rounds."""
         run = self.run(name)
-        if not run.round(0).path.exists():
-            shutil.copytree(base.round(0).path, run.round(0).path, copy_function=os.link)
+        for number in range(rounds):
+            if not run.round(number).path.exists():
+                shutil.copytree(base.round(number).path, run.round(number).path, copy_function=os.link)
         return run
 
     def expert(self, search: RunDir, name: str = "expert") -> RunDir:
@@ -383,6 +384,47 @@ def question_6_table(result: dict[str, Any]) -> Iterator[str]:
     yield f"\nTokens written for training, by policies and teachers: {spent}."
 
 
+def no_ppm(study: Study) -> None:
+    """The rounds of question 1 that search with a PPM, searched without: is it the PPM that helps, or hurts?"""
+    search, config = study.searched(), study.resolved()
+    last = config.run.rounds
+    first = next(n for n in range(1, last + 1) if for_round(config, n).search.use_ppm)
+    run, numbers = study.from_base("no-ppm", search, first), range(first, last + 1)
+    laid = [f"rounds.r{n}.{key}" for n in numbers for key in ("search.use_ppm=false", "ppm.epochs=0")]
+    for number in numbers:
+        rstar("round", str(number), study.config, *study.overrides, *laid, f"run.dir={run.path}")
+    rows = []
+    for number in range(first - 1, last + 1):
+        row: dict[str, Any] = {"round": number}
+        for name, one in (("with", search), ("without", run)):
+            row[name] = asdict(bootstrap(list(greedy(one, number).values())))
+            if number >= first:
+                counts = one.round(number).record("search").counts  # type: ignore[union-attr]
+                row[f"{name}_tokens"], row[f"{name}_solved"] = counts["tokens"], counts["solved_by_level"]["all"]
+        row["paired"] = asdict(against(greedy(run, number), greedy(search, number)))
+        rows.append(row)
+    result = {"seed": study.seed, "rows": rows, "machine": f"{this_machine().partition(', ')[2]}, {software()}"}
+    study.keep("no-ppm", result, no_ppm_table(result))
+
+
+def no_ppm_table(result: dict[str, Any]) -> Iterator[str]:
+    """The table of no_ppm as Markdown."""
+    yield f"# Later rounds with and without the PPM (seed {result['seed']})\n"
+    yield f"Greedy held-out accuracy, percent with 95% bootstrap intervals. {result['machine']}\n"
+    yield "| round | tokens with | solved | greedy | tokens without | solved | greedy | without - with | McNemar p |"
+    yield "|" + " ---: |" * 9
+    for row in result["rows"]:
+        cells = [str(row["round"])]
+        for name in ("with", "without"):
+            found = (
+                [count(row[f"{name}_tokens"]), share(row[f"{name}_solved"])] if f"{name}_tokens" in row else ["-"] * 2
+            )
+            cells += [*found, measure(Measure(**row[name]))]
+        test = Paired(**row["paired"] | {"difference": Measure(**row["paired"]["difference"])})
+        cells += [measure(test.difference), "-" if test.p_value is None else f"{test.p_value:.2g}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def hard(study: Study) -> None:
     """Question 1 again on families that sampling rarely solves."""
     config = study.config if study.size == "tiny" else "configs/study/hard.yaml"
@@ -390,7 +432,8 @@ def hard(study: Study) -> None:
 
 
 QUESTIONS: dict[str, Callable[[Study], None]] = {
-    "1": question_1, "2": question_2, "3": question_3, "4": question_4, "5": question_5, "6": question_6, "hard": hard,
+    "1": question_1, "2": question_2, "3": question_3, "4": question_4, "5": question_5, "6": question_6,
+    "hard": hard, "no-ppm": no_ppm,
 }  # fmt: skip
 
 

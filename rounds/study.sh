@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does it make the model better? Five questions, each answered by a table with intervals and generated tokens.
+# Does it make the model better? Questions, each answered by a table with intervals and generated tokens.
 #
 #   bash rounds/study.sh [--tiny | --gpu] [--seed N] [--out FOLDER] [QUESTION ...] [key=value ...]
 #
@@ -8,8 +8,11 @@
 #   3   greedy, majority, best-of-n, beam and MCTS by PPM, PQM or ORM, at equal tokens
 #   4   where the gain comes from: which solutions are trained on, failed steps dropped or kept, the UCT rule
 #   5   more trajectories
+#   6   outcome verifiers, Flow-DPO and Orca 2 beside rStar-Math, on the same model and problems
+#   hard      question 1 again on families that the base can hardly solve, where sampling rarely succeeds
+#   no-ppm    the rounds of question 1 that search with a PPM, without one
 #
-# Without a question: all of them, in this order; 2 to 5 go on from the models of 1. What is finished is not run again.
+# Without a question: all, in this order; all but "hard" go on from the models of 1. What is finished is not run again.
 # Runs live in runs/study/; tables, JSON and the settings go to rounds/results/<date>-<machine>/ and can be committed.
 #
 #   --tiny    on a toy model, in minutes: shows that the script works, and nothing else
@@ -20,5 +23,5 @@ cd "$(dirname "$0")/.."
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 . rounds/environment.sh
 
-make_environment .venv quickstart
-exec .venv/bin/python rounds/study.py "$@"
+make_environment .venv-study quickstart,lora
+exec .venv-study/bin/python rounds/study.py "$@"

@@ -16,8 +16,8 @@ from rstar.recipes import load_config
 from rstar.rounds import RoundDir, RunDir
 from rstar.store import write_json
 
-PROBLEMS, SEARCH_TOKENS, HELDOUT = 20, (0, 30_000, 20_000), [f"sums/heldout/{i}" for i in range(6)]
-RIGHT = {"search": (2, 4, 6), "expert": (2, 3, 5)}  # of the greedy answers, by round
+PROBLEMS, SEARCH_TOKENS, HELDOUT = 20, (0, 30_000, 20_000, 15_000), [f"sums/heldout/{i}" for i in range(6)]
+RIGHT = {"search": (2, 4, 6, 6), "expert": (2, 3, 5, 5)}  # of the greedy answers, by round
 
 
 def finish(here: RoundDir, name: str, **counts: object) -> None:
@@ -77,7 +77,7 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[study.Study
         if recipe:
             other_system(RunDir(Path(settings["run.dir"])), recipe)
         elif words[0] == "evolve":
-            for number, tokens in enumerate(SEARCH_TOKENS):
+            for number, tokens in enumerate(SEARCH_TOKENS[: 1 + int(settings["run.rounds"])]):
                 here = RunDir(Path(settings["run.dir"])).round(number)
                 here.path.mkdir(parents=True, exist_ok=True)
                 if number:
@@ -193,6 +193,19 @@ def test_the_hard_families_are_question_1_with_runs_of_their_own(
     solvable = set(config.warmup.families)
     trained = {name for name, family in config.problems.families.items() if family["count"]}
     assert not solvable & trained and len(trained) == 6
+
+
+def test_later_rounds_are_searched_again_without_the_ppm_from_the_same_models(
+    played: tuple[study.Study, list[list[str]]],
+) -> None:
+    one, said = played
+    study.no_ppm(replace(one, config="configs/study/search.yaml", settings=("run.rounds=3",)))
+    assert [words[:2] for words in said] == [["evolve", "configs/study/search.yaml"], ["round", "3"]]
+    assert {"rounds.r3.search.use_ppm=false", "rounds.r3.ppm.epochs=0"} <= set(said[1])
+    assert all((one.runs / "no-ppm-s3" / f"round_{n:02d}" / "manifest.json").exists() for n in range(4))
+    text = (one.out / "no-ppm-seed3.md").read_text()
+    assert re.search(r"^\| 2 \| - \| - \| 100\.0 \[.* \| - \| - \| 100\.0 \[", text, flags=re.MULTILINE)
+    assert re.search(r"^\| 3 \| 15,000 \| 65\.0 \| .* \| 2,400 \| 65\.0 \| ", text, flags=re.MULTILINE)
 
 
 def test_every_size_has_its_config_and_the_gpus_has_more_problems() -> None:
