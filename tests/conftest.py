@@ -6,11 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads must not eat the other tests' core
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# The same examples in every run, here and in CI, so that a failure can be repeated; and no limit on an example's wall
+# time, which a busy machine breaks: where speed is what is tested, the test itself measures CPU time.
+settings.register_profile("rstar", deadline=None, derandomize=True, database=None)
+settings.load_profile("rstar")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -50,27 +51,28 @@ def test_results_are_exact_and_written_as_the_data_writes_them(expression: str, 
     assert completion(f"x <<{expression}=") == shown + ">>"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(strategies.text(alphabet="0123456789.+-*/() ,", max_size=40))
 def test_agrees_with_python_wherever_both_have_a_value(text: str) -> None:
+    """Python calculates in fractions too: its floats give 14.0 // 0.4 as 34.0, where 35 is exact."""
     value = evaluate(text)
     if value is None or "**" in text:
         return
     plain = text.replace(",", "").strip()
     try:
-        expected = eval(plain)
+        compile(plain, "<expression>", "eval")
     except SyntaxError:  # leading zeros are numbers here and a mistake in Python
         return
-    assert float(value) == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
+    assert value == eval(re.sub(r"\d+\.?\d*|\.\d+", r"Fraction('\g<0>')", plain))
 
 
 @pytest.mark.parametrize(
     "text", ["9" * 5000, "(" * 5000, "-" * 190 + "1", "*".join(["99999999"] * 22), "1/" * 100 + "3"]
 )
 def test_hostile_expressions_cost_nothing(text: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()  # not wall time: the machine may be busy with something else
     assert evaluate(text) is None
-    assert time.perf_counter() - begun < 0.05
+    assert time.process_time() - begun < 0.5
 
 
 def test_plain_calculations_are_annotated_and_everything_else_is_left_alone() -> None:

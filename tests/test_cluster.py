@@ -124,6 +124,19 @@ def test_escalation_goes_on_with_unsolved_problems_only(tmp_path: Path) -> None:
     )
 
 
+class Together(SearchWorker):
+    """Begins when another one is ready too: else one may have searched everything before the other has started. One
+    that is started again finds both files there and does not wait."""
+
+    async def start(self) -> None:
+        await super().start()
+        folder = self.job.passes[0].folder
+        (folder / f"ready-{self.name}").touch()
+        end = time.monotonic() + 300
+        while len(list(folder.glob("ready-*"))) < 2 and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def ray_address() -> object:
     ray = pytest.importorskip("ray")
@@ -136,7 +149,8 @@ def ray_address() -> object:
 
 def test_ray_workers_grow_the_same_trees_as_inline(inline: Path, tmp_path: Path, ray_address: object) -> None:
     done: list[ProblemSummary] = []
-    search_all(job(tmp_path), items(), ClusterSection(address="local", workers=2), done.append)
+    section = ClusterSection(address="local", workers=2)
+    search_all(job(tmp_path), items(), section, done.append, make_worker=Together)
     assert contents(tmp_path) == contents(inline)
     assert len({s.worker for s in done}) == 2 and len(list(tmp_path.glob("trees-*"))) == 2
 
@@ -147,16 +161,21 @@ def test_killed_ray_worker_loses_only_its_problems_in_flight(tmp_path: Path, ray
         slow.passes, EngineSection(kind="simulated", tokens_per_second=400.0), slow.sandbox, slow.model, ""
     )
     done: list[ProblemSummary] = []
+    over = threading.Event()  # so that a search that fails does not leave the killer waiting for ever
 
     def kill_one() -> None:
         while len(done) < 3:
-            time.sleep(0.05)
+            if over.wait(0.05):
+                return
         os.kill(int(done[0].worker.split(":")[1]), signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    search_all(slow, items(), ClusterSection(address="local", workers=1), done.append)
-    killer.join()
+    try:
+        search_all(slow, items(), ClusterSection(address="local", workers=1), done.append)
+    finally:
+        over.set()
+        killer.join(60)
     assert sorted(s.problem_id for s in done) == [p.id for p in PROBLEMS]
     assert [tree.problem.id for tree in read_trees(tmp_path)] == [p.id for p in PROBLEMS]
     assert len({s.worker for s in done}) == 2, "the worker was not started again"

@@ -407,7 +407,7 @@ async def test_adapters_change_the_text_and_do_not_leak_into_each_other(referenc
         engine.load_adapter("none", str(tmp_path))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=20), st.integers(20, 2000))
 def test_the_prefix_tree_returns_what_was_put_in_and_keeps_its_limit(sequences, limit):
     """KV of a token is made to depend on all tokens before it, so any mix-up of edges shows."""

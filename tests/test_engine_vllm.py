@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ async def test_requests_join_while_others_run(policy: VllmPolicy) -> None:
 async def test_a_cancelled_request_leaves_the_engine(policy: VllmPolicy) -> None:
     params = SamplingParams(n=4, max_tokens=400)
     tasks = [asyncio.create_task(policy.generate(PROMPT, params)) for _ in range(3)]
-    await asyncio.sleep(0.1)
+    while policy._engine.unfinished() < 3:
+        await asyncio.sleep(0.005)
     with pytest.raises(EngineError, match="3 unfinished"):
         await policy.load_weights(policy_folder(policy))
     for task in tasks:
@@ -455,9 +457,11 @@ def vllm_server(folder: Path, log: Path) -> Iterator[str]:
         command += ["--block-size", "32", "--kv-cache-memory-bytes", str(64 << 20)]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
@@ -467,8 +471,13 @@ def vllm_server(folder: Path, log: Path) -> Iterator[str]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        server.terminate()
-        server.wait(60)
+        with suppress(ProcessLookupError):  # ended by itself
+            os.killpg(server.pid, signal.SIGTERM)  # the engine is a process of its own
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 @pytest.mark.slow

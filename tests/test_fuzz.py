@@ -58,7 +58,7 @@ LINES = st.lists(
 @given(LINES, st.sampled_from(["jsonl", "json", "csv", "parquet"]))
 @example(b'{"question": "a", "answer": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}", "jsonl")
 @example(b'{"question": "a\\ud800", "id": "\\udfff", "answer": "1"}', "json")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_problem_file_is_read_or_refused(content: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"x.{suffix}"
@@ -76,7 +76,7 @@ def test_a_problem_file_is_read_or_refused(content: bytes, suffix: str) -> None:
     LINES
     | st.dictionaries(st.sampled_from([f.name for f in fields(SftRow)]), JSON).map(lambda one: json.dumps(one).encode())
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_row_file_is_read_or_refused_by_its_line(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -111,7 +111,7 @@ def shard() -> bytes:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_shard_is_read_or_refused_and_repaired(data: st.DataObject) -> None:
     whole = shard()
     damaged = bytearray(whole)
@@ -138,7 +138,7 @@ def test_a_damaged_shard_is_read_or_refused_and_repaired(data: st.DataObject) ->
 
 
 @given(JSON | st.fixed_dictionaries({"stages": JSON | st.dictionaries(st.text(max_size=3), JSON, max_size=2)}))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_manifest_is_records_or_none(value: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
         here = RoundDir(Path(folder), 1)
@@ -159,7 +159,7 @@ VALUES = st.text(max_size=12) | st.sampled_from(
 @example("rounds.r1", "5")
 @example("search.seeds[0]", "1")
 @example("search.c", "${nowhere}")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_setting_is_taken_or_refused(key: str, value: str) -> None:
     try:
         load(Config, None, ["model.base=none", f"{key}={value}"])
@@ -168,7 +168,7 @@ def test_a_setting_is_taken_or_refused(key: str, value: str) -> None:
 
 
 @given(st.text(max_size=40) | JSON.map(json.dumps) | st.binary(max_size=20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_config_file_is_taken_or_refused(content: str | bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.yaml"
@@ -183,7 +183,7 @@ def test_a_config_file_is_taken_or_refused(content: str | bytes) -> None:
 @example('{"choices": [{"text": "\\ud800"}]}')
 @example('{"choices": [{"text": "a"}], "usage": {"prompt_tokens": 1e999}}')
 @example("[" * 100_000)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_servers_response_is_read_or_transient(body: str) -> None:
     try:
         choices, _, _ = _parse(body)
@@ -202,7 +202,7 @@ TEXTS = st.lists(
 
 
 @given(TEXTS, st.sampled_from([None, *StepKind]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_text_is_a_step_or_malformed(text: str, after: StepKind | None) -> None:
     step = parse(text, after=after)
     assert isinstance(parse_solution(text), Step | Malformed)
@@ -278,7 +278,7 @@ IMITATIONS = st.lists(
 
 @given(st.lists(IMITATIONS, min_size=3, max_size=8))
 @example(["x = 1<end_of_step>", "print('1')<end_of_code>", "\\boxed{1}<end_of_answer>"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_text_earns_a_reward_but_a_right_answer_behind_a_program(texts: list[str]) -> None:
     """Whatever a model writes or prints, and whatever stands in the problem: a reward has a boxed answer of its own,
     after code that ran to its end, and the prompts hold no delimiter that a model or a program wrote in our place."""

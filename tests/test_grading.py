@@ -100,11 +100,13 @@ def test_the_fast_path_imports_no_computer_algebra():
 
 
 @given(LATEX | PIECES | st.text(max_size=60), LATEX | PIECES)
-@settings(max_examples=400, deadline=400)
+@settings(max_examples=400)
 def test_any_text_gets_a_verdict_in_bounded_time(answer, reference):
+    begun = time.process_time()  # CPU time, here and below: the machine may be busy with something else
     assert is_equivalent_fast(answer, reference) in (True, False, None)
     assert isinstance(normalise(answer), str)
     extract_answer(answer + "\\boxed{" + reference)
+    assert time.process_time() - begun < 2.0
 
 
 @given(st.text(min_size=1, max_size=40) | PIECES)
@@ -150,9 +152,9 @@ def test_lists_are_unordered_and_tuples_are_not(numbers, random):
     ["\\boxed{" * 200_000, "{" * 10_000, "answer is " * 100_000, "#### " * 100_000, "\\boxed{1}" * 50_000],
 )
 def test_extraction_from_megabytes_is_bounded(text):
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(
@@ -168,18 +170,18 @@ def test_extraction_from_megabytes_is_bounded(text):
     ],
 )  # fmt: skip
 def test_hostile_answers_cost_little(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert is_equivalent_fast(text, "5") is not True
     assert is_equivalent_fast("5", text) is not True
     normalise(text)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_numeric_gradings_pass_a_thousand_a_second():
     pairs = [(str(n / 4), f"\\frac{{{n}}}{{4}}") for n in range(1, 500)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(is_equivalent_fast(answer, reference) for answer, reference in pairs)
-    assert len(pairs) / (time.perf_counter() - start) > 1000
+    assert len(pairs) / (time.process_time() - start) > 1000
 
 
 def test_one_answer_in_many_styles_has_one_vote():

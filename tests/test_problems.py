@@ -125,9 +125,9 @@ def test_without_families_there_is_a_default_ladder_with_the_asked_held_out_size
 
 def test_generating_takes_milliseconds_a_problem():
     generated(families=SMALL)  # imports
-    start = time.perf_counter()
+    start = time.process_time()
     generated(families={"sums": {"family": "chain_sum", "count": 500, "heldout": 50}})
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_levels_keep_only_what_is_asked_for():

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     arguments = command("evolve", CONFIG, "cluster=inline", f"run.dir={folder}")
     first = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1200
     while not (folder.exists() and index(folder / "round_01") and len(index(folder / "round_01")) >= 3):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)

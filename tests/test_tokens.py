@@ -57,7 +57,7 @@ def test_importing_the_module_loads_neither_torch_nor_transformers():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=5), st.text(max_size=20))
 def test_ids_of_a_path_are_a_prefix_of_the_ids_of_its_continuation(tokenizer, segments, more):
     encoder = SegmentEncoder(tokenizer)
@@ -74,7 +74,7 @@ def test_borders_are_the_ends_of_the_segments_and_the_ids_decode_to_the_text(tok
     assert encoded.ends[-1] == len(encoded.ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=8), st.lists(st.integers(0, 400), max_size=12))
 def test_streamed_text_equals_decoding_all_ids_at_once(tokenizer, text, noise):
     ids = tokenizer("é∑" + text, add_special_tokens=False)["input_ids"] + noise

@@ -122,12 +122,16 @@ def test_score_loss_and_gradients_equal_those_of_plain_rows(
     made_up = {"pairwise": pair_rows(), "mse": q_rows(), "bce": outcome_rows()}
     rows = (made_up if source == "made_up" else searched_rows)[section.loss]
     ppm = load_ppm(str(tiny_model), section, encoder.tokenizer).model
+    torch.manual_seed(0)
     torch.nn.init.normal_(ppm.score.weight, std=0.3)
     ppm.save_pretrained(tmp_path)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).train()
 
+    def logit(prompt: tuple[str, ...], texts: Iterable[str]) -> Tensor:
+        return plain(torch.tensor([encoder.encode((*prompt, *texts))])).logits[0, 0]
+
     def score(prompt: tuple[str, ...], texts: Iterable[str]) -> Tensor:
-        raw = plain(torch.tensor([encoder.encode((*prompt, *texts))])).logits[0, 0]
+        raw = logit(prompt, texts)
         return raw if section.loss == "pairwise" and not section.tanh_in_loss else torch.tanh(raw / 1.5)
 
     terms, weights = [], []
@@ -142,8 +146,10 @@ def test_score_loss_and_gradients_equal_those_of_plain_rows(
                 terms.append((score(row.prompt_segments, path) - q) ** 2)
                 weights.append(1.0)
         else:
-            right = (1 + score(row.prompt_segments, (text for text, _ in row.segments))) / 2
-            terms.append(-torch.log(right if row.label else 1 - right))
+            # Minus the log of p = (1 + tanh(raw / 1.5)) / 2 or of 1 - p. p is sigmoid(2 raw / 1.5), of which softplus
+            # takes the log exactly; in float32 tanh loses the digits of a probability near 0.
+            raw = logit(row.prompt_segments, (text for text, _ in row.segments))
+            terms.append(functional.softplus(-2 * raw / 1.5 if row.label else 2 * raw / 1.5))
             weights.append(1.0)
     weight = torch.tensor(weights)
     expected = (weight * torch.stack(terms)).sum() / weight.sum()
@@ -199,7 +205,7 @@ def test_a_model_with_flex_attention_has_the_same_loss(tiny_model: Path) -> None
 paths_strategy = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(paths_strategy, min_size=1, max_size=3), st.integers(1, 5))
 def test_every_path_sees_exactly_itself(trees: list[list[list[int]]], multiple_of: int) -> None:
     """Whatever the tries: a path's places hold its tokens, and its last token attends to those places only."""
@@ -236,7 +242,7 @@ def test_a_sliding_window_counts_steps_on_the_path() -> None:
     assert mask.int().tolist()[4] == [0, 1, 0, 0, 1, 0]  # 5 sees 2, three places back but one step on the path
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 16), st.integers(0, 3))
 def test_optimizer_batches_hold_every_row_once_and_whole_trees(sizes: list[int], batch_size: int, seed: int) -> None:
     trees = [f"t{t}" for t, size in enumerate(sizes) for _ in range(size)]
