@@ -43,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    options.command = shlex.join(["rstar", *arguments])
+    again = [word for word in arguments if word not in ("--fresh", "--repair")]  # which are for the first start only
+    options.command = shlex.join(["rstar", *again])
     if options.print_completion:
         print(completion(parser, options.print_completion))
         return 0

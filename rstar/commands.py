@@ -45,7 +45,7 @@ def one_round(options: argparse.Namespace) -> int:
 def _with_its_round(options: argparse.Namespace) -> tuple[ModuleType, Any]:
     """Recipe and config; refuses a round that the config does not have."""
     module, config = load_options(options)
-    if options.number > config.run.rounds:
+    if not 0 <= options.number <= config.run.rounds:
         raise UserError(
             f"round {options.number}",
             need=f"0 to run.rounds={config.run.rounds}",
@@ -139,7 +139,13 @@ def stage(options: argparse.Namespace) -> int:
         module.check(config)
         from rstar.cluster import ray_session
 
-        for stage in module.stages(config, options.number):
+        stages = module.stages(config, options.number)
+        if not {stage.name for stage in stages} & set(options.stages):
+            raise UserError(
+                f"round {options.number} has no stage {' or '.join(options.stages)}",
+                need=f"one that has; this one has {', '.join(stage.name for stage in stages)}",
+            )
+        for stage in stages:
             if stage.name not in options.stages:
                 continue
             if stage.finished() is not None:
@@ -194,6 +200,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     if options.source.endswith((".yaml", ".yml")):
+        for name in ("model", "out", "config"):
+            if getattr(options, name):
+                raise UserError(f"--{name} with {options.source}", need="rows or trees: rstar train policy ROWS|TREES")
         options.config, options.stages = options.source, (options.what,)
         return stage(options)
     from rstar.recipes.training import train_from_files

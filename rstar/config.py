@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rstar.overrides import file_layers, merge, override_node, schema_node, to_object
 from rstar.types import UserError
+from rstar.values import check_values
 
 T = TypeVar("T")
 
@@ -286,7 +287,7 @@ def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
     """Read a YAML file and `key=value` overrides into a frozen instance of `schema`.
 
     A YAML file may name another as `base: other.yaml` (relative to itself), whose values it overlays.
-    Raises UserError for a missing file, broken YAML, an unknown key, or a value of the wrong type.
+    Raises UserError for a missing file, broken YAML, an unknown key, or a value that no stage could use.
     """
     merged = schema_node(schema)
     for layer in file_layers(Path(path)) if path is not None else []:
@@ -294,6 +295,7 @@ def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
     for text in overrides:
         merged = merge(schema, merged, override_node(text))
     config = to_object(schema, merged)
+    check_values(config)
     rounds = getattr(config, "rounds", None)
     if isinstance(rounds, dict):
         for name in rounds:  # an overlay with a typo is found now, not in round 3
@@ -301,7 +303,7 @@ def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
                 raise UserError(f"rounds.{name}", need="round keys r1, r2, ...", how=f"write rounds.r1.{name}=...")
             if not isinstance(rounds[name], dict):
                 raise UserError(f"rounds.{name}={rounds[name]}", need=f"settings: rounds.{name}.search.rollouts=8")
-            for_round(config, int(name[1:]))
+            check_values(for_round(config, int(name[1:])), f"rounds.{name}.")
     return config
 
 

@@ -97,8 +97,11 @@ def write_project(folder: Path) -> list[Path]:
     for path in (config, problems):
         if path.exists():
             raise UserError(f"{path} is there already", need="a new folder", how="name another, or remove the file")
-    folder.mkdir(parents=True, exist_ok=True)
     records = ({"question": question, "answer": answer, "level": level} for question, answer, level in PROBLEMS)
-    problems.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    config.write_text(CONFIG.format(folder=folder.as_posix()), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problems.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        config.write_text(CONFIG.format(folder=folder.as_posix()), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error})", need="a folder of yours") from None
     return [config, problems]

@@ -18,11 +18,15 @@ import pytest
 import torch
 
 from rstar import cli, doctor, sandbox
+from rstar.comparison.run import read_settings
+from rstar.config import EvalSection
 from rstar.doctor import Check, examine
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.sandbox.checks import Check as SandboxCheck
 from tests.report_run import make_run
+
+TINY = str(Path(__file__).parent.parent / "configs/rstar_math/tiny.yaml")
 
 ROOT = Path(__file__).parent.parent
 
@@ -199,3 +203,43 @@ def test_round_that_the_config_does_not_have_is_refused(capsys: pytest.CaptureFi
         assert cli.run(command) == 2
         said = capsys.readouterr().err
         assert "round 3" in said and "run.rounds=2" in said and "run.rounds=3" in said
+
+
+def test_the_command_that_resumes_does_not_begin_afresh(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(options: argparse.Namespace) -> int:
+        raise KeyboardInterrupt("SIGTERM")
+
+    monkeypatch.setattr(cli.commands, "evolve", stopped)
+    cli.run(["evolve", "c.yaml", "--fresh", "--repair", "run.seed=1"])
+    assert "the same command resumes: rstar evolve c.yaml run.seed=1\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["search", TINY, "--round", "0"], "round 0 has no stage search"),
+        (["train", "verifier", TINY, "--round", "1"], "round 1 has no stage verifier"),
+        (["train", "ppm", TINY, "--round", "1", "--model", "m"], "--model with"),
+        (["round", "-1", TINY], "round -1; need 0 to run.rounds=2"),
+        (["evolve", TINY, "--dry-run", "search.use_ppm=true"], "round 1 searches with a PPM, round 0 trains none"),
+        (["evolve", TINY, "--dry-run", "engine=openai"], "bootstrap.engine=openai"),
+        (["eval", "a", "b", "--benchmarks", "FILE", "engine=openai"], "whose server has one model"),
+        (["init", "FILE"], "cannot be written to"),
+    ],
+)
+def test_what_would_do_nothing_or_something_else_is_refused(
+    command: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.jsonl"
+    file.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    where = [f"run.dir={tmp_path / 'run'}"] if TINY in command else []
+    assert cli.run([str(file) if word == "FILE" else word for word in command] + where) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["outcome_verifier", "flow_dpo"])
+def test_models_are_compared_with_the_settings_of_any_recipe(recipe: str) -> None:
+    settings = read_settings("m", str(Path(TINY).parent.parent / recipe / "tiny.yaml"), [])
+    assert settings.eval == EvalSection() and settings.search.form == "text"

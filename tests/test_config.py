@@ -58,6 +58,30 @@ def test_wrong_type_names_key_and_expectation() -> None:
         load(Config, None, ["model=m", "search.rollouts=many"])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("search.method=mctss", "search.method=mctss; need one of mcts, beam"),
+        ("search.selection=puctt", "need one of uct, puct"),
+        ("ppm.loss=hinge", "ppm.loss=hinge; need one of pairwise, mse, bce"),
+        ("ppm.schedule=cosin", "ppm.schedule=cosin; need one of linear"),
+        ("engine.kind=vlm", "engine.kind=vlm; need one of hf"),
+        ("warmup.source=foo", "need one of families"),
+        ("search.rollouts=-3", "search.rollouts=-3; need 1 or more"),
+        ("sft.batch_size=0", "sft.batch_size=0; need 1 or more"),
+        ("run.rounds=-1", "run.rounds=-1; need 0 or more"),
+        ("search.seeds=[]", "need one or more, each once"),
+        ("search.seeds=[0, 0]", "need one or more, each once"),
+        ("eval.methods=[greedy, mctss]", "eval.methods: mctss; need of greedy"),
+        ("rounds.r2.search.candidates=0", "rounds.r2.search.candidates=0; need 1 or more"),
+    ],
+)
+def test_a_value_that_no_stage_could_use_is_found_at_once(override: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load(Config, None, ["model.base=m", override])
+    assert said in str(refused.value)
+
+
 def test_missing_value_names_the_key() -> None:
     with pytest.raises(UserError, match=r"model\.base has no value"):
         load(Config, None, [])

@@ -46,6 +46,18 @@ def test_the_loss_says_which_rows_are_read(
     assert "pqm.jsonl:1 has no chosen, chosen_segments, kind" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_things_is_not_replaced_by_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "runs" / "mine" / "round_01" / "eval.json"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("{}")
+    write_rows(tmp_path / "rows.jsonl", sft_rows())
+    made = ["train", "policy", str(tmp_path / "rows.jsonl"), "--model", "tiny", "--out", str(tmp_path / "runs")]
+    assert run(made) == 2
+    assert "holds other things" in capsys.readouterr().err and precious.exists()
+
+
 def test_mistakes_are_told_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "policy", "rows.jsonl"]) == 2
     assert "need --model and --out" in capsys.readouterr().err

@@ -31,6 +31,8 @@ def evaluate_models(models: Sequence[str], overrides: Sequence[str], options: ar
             trajectories = [int(text) for text in options.trajectories.split(",")]
         except ValueError as error:
             raise UserError(f"--trajectories {options.trajectories}", need="numbers such as 1,4,16") from error
+        if options.limit < 0:
+            raise UserError(f"--limit {options.limit}", need="0 (all) or more")
         sets = load_questions(options.benchmarks, settings.problems, options.limit)
         some = contenders(models, options.ppm, options.orm, settings, out)
         methods = usable(

@@ -102,7 +102,10 @@ def read_settings(model: str, config: str, overrides: Sequence[str]) -> Settings
     if not config:
         return load(Settings, None, [f"model.base={model}", *overrides])
     whole = load_config(config, list(overrides))[1]
-    return Settings(**{f.name: getattr(whole, f.name) for f in fields(Settings)})
+    found: dict[str, Any] = {f.name: getattr(whole, f.name, None) for f in fields(Settings)}
+    if not isinstance(found["eval"], EvalSection):  # other recipes measure in another way
+        found["eval"] = EvalSection()
+    return Settings(**found)
 
 
 def contenders(
@@ -112,6 +115,9 @@ def contenders(
     for option, given in (("--ppm", ppms), ("--orm", orms)):
         if len(given) not in (0, 1, len(models)):
             raise UserError(f"{len(given)} times {option} for {len(models)} models", need="one, or one for each model")
+
+    if settings.engine.kind == "openai" and len(models) > 1:
+        raise UserError("engine.kind=openai, whose server has one model", need="one model, or engine=hf or vllm")
 
     def checkpoint(name: str) -> str:
         section = replace(settings.model, base=name)

@@ -58,7 +58,7 @@ from rstar.problems.worked import in_words
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import problem_trees, tree_counts
-from rstar.recipes.starting import files_read, seed_of
+from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
@@ -123,10 +123,9 @@ def stages(config: Config, number: int) -> list[Stage]:
 
 def check_settings(config: Config) -> None:
     """What `check` finds in the settings alone, without a file. Raises UserError."""
-    if config.search.method != "sample" or config.search.form not in ("text", "steps"):
-        raise UserError(
-            f"search.method={config.search.method}, search.form={config.search.form}", need="sample; text or steps"
-        )
+    serves_checkpoints(config.engine)
+    if config.search.method != "sample" or config.search.form == "stated":
+        raise UserError("search.method or search.form", need="sample; text or steps")
     if not config.eval.epochs or len(config.eval.voters) < 2:
         raise UserError("eval.epochs or eval.voters is too short", need="an epoch count and two numbers of voters")
 

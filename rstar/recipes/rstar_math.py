@@ -78,7 +78,7 @@ from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts, unsolved
 from rstar.recipes.rows import policy_rows, scorer_rows
-from rstar.recipes.starting import files_read, seed_of
+from rstar.recipes.starting import files_read, seed_of, serves_checkpoints, travelling
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
@@ -122,13 +122,14 @@ def stages(config: Config, number: int) -> list[Stage]:
 
 def check_settings(config: Config) -> None:
     """What `check` finds in the settings alone, without a file. Raises UserError."""
-    for number in range(2, config.run.rounds + 1):
+    serves_checkpoints(config.engine)
+    for number in range(1, config.run.rounds + 1):
         search = for_round(config, number).search
-        if search.use_ppm and not search.ppm and not for_round(config, number - 1).ppm.epochs:
-            raise UserError(
-                f"round {number} searches with a PPM, round {number - 1} trains none (ppm.epochs=0)",
-                need="a PPM, or search.use_ppm=false",
-            )
+        trained = number > 1 and for_round(config, number - 1).ppm.epochs
+        if search.use_ppm and not search.ppm and not trained:
+            why = " (ppm.epochs=0)" if number > 1 else ""
+            said = f"round {number} searches with a PPM, round {number - 1} trains none{why}"
+            raise UserError(said, need=f"a PPM, or rounds.r{number}.search.use_ppm=false")
 
 
 def check(config: Config) -> ProblemSet:
@@ -244,7 +245,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             passes=(SearchPass(here.path.resolve(), config.search, **notes),),
             engine=writer.engine,
             sandbox=config.sandbox,
-            model=writer.model,
+            model=travelling(writer.model),
             policy=policy(),
             ppm=absolute(config.search.ppm or str(before.ppm)) if config.search.use_ppm else "",
         )

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from rstar.config import ModelSection, ProblemsSection, RunSection
+from rstar.config import EngineSection, ModelSection, ProblemsSection, RunSection
+from rstar.recipes.base_model import absolute
 from rstar.store import file_digest
+from rstar.types import UserError
 
 
 def seed_of(run: RunSection) -> dict[str, int]:
     """The part of the run section that a training reads, for its stage's settings."""
     return {"seed": run.seed}
+
+
+def serves_checkpoints(engine: EngineSection) -> None:
+    """Refuse an engine that could not run what the rounds train. Raises UserError."""
+    if engine.kind == "openai":
+        raise UserError(
+            f"engine.kind=openai, whose server has {engine.model or 'one model'} in every round",
+            need="an engine that loads what the rounds train: hf or vllm",
+            how="bootstrap.engine=openai lets a server write round 1's solutions",
+        )
+
+
+def travelling(model: ModelSection) -> ModelSection:
+    """The model's section for workers, which run in another folder."""
+    return replace(model, few_shot=absolute(model.few_shot)) if model.few_shot else model
 
 
 def files_read(problems: ProblemsSection, model: ModelSection) -> dict[str, str]:

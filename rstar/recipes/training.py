@@ -25,6 +25,8 @@ def train_from_files(options: Namespace) -> str:
         raise UserError(f"rstar train verifier {source}", need="a CONFIG.yaml of recipe outcome_verifier")
     if not (options.model and options.out):
         raise UserError(f"rstar train {what} {source}", need="--model and --out, or a CONFIG.yaml")
+    if output.exists() and not (output / "config.json").exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--out {output} holds other things", need="a new folder, or a checkpoint to replace")
     from rstar.training.data import read_rows
     from rstar.training.ppm import row_kind, train_ppm
     from rstar.training.sft import train_policy
