@@ -143,7 +143,9 @@ class Study:
         ]
         rstar("eval", *models, "--benchmarks", f"heldout={heldout}", *options, *more, *self.overrides)
         for file in ("results.json", "results.md", "accuracy_vs_tokens.svg"):
-            shutil.copy(made / file, self.out / f"{name}-seed{self.seed}{Path(file).suffix}")
+            text = (made / file).read_text(encoding="utf-8")  # to be committed: no folder of this machine
+            text = text.replace(str(self.runs), f"runs/{self.runs.name}").replace(f"{HERE}/", "")
+            (self.out / f"{name}-seed{self.seed}{Path(file).suffix}").write_text(text, encoding="utf-8")
 
     def keep(self, name: str, result: dict[str, Any], table: Iterable[str]) -> None:
         """Write a result and its table to the results as <question>-seed<N>, and show the table."""

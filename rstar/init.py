@@ -56,7 +56,7 @@ warmup:
   batch_size: 4
 
 engine:
-  kind: hf  # in this process, CPU or GPU; vllm: many times faster on a GPU; openai: a server
+  kind: hf  # in this process, CPU or GPU; vllm: many times faster on a GPU
   max_context: 2048  # tokens of a prompt with its solution
 cluster:
   address: inline  # local: Ray on this machine; auto or host:port: a Ray cluster

@@ -147,6 +147,7 @@ def test_other_questions_compare_models_of_the_runs_and_keep_their_tables(
     assert [next(w for w in words if w.startswith(("ppm.loss", "extract"))) for words in trained] == [
         "ppm.loss=bce", "ppm.loss=mse", "extract.sft_by=random",
     ]  # fmt: skip
+    assert not any(str(one.runs) in path.read_text() for path in one.out.iterdir())
     kept = {path.name for path in one.out.glob("*.md")}
     second = {f"2-ppm{n}{way}" for n in (1, 2) for way in ("", "-mcts")}
     assert kept == {f"{name}-seed3.md" for name in (*second, "3", "3-pqm", "4", "5")}
