@@ -125,6 +125,14 @@ def test_slurm_job_requeues_itself_before_the_time_limit_and_resumes(fakes: dict
     assert first == second, "a requeued job must run the same command"
 
 
+def test_a_requeued_slurm_job_does_not_begin_afresh(fakes: dict[str, str]) -> None:
+    job = ("slurm/rounds.sbatch", "evolve", CONFIG, "search.c=1", "--fresh")
+    assert launch(*job, env=fakes).returncode == 0
+    assert launch(*job, env=fakes | {"SLURM_RESTART_COUNT": "1"}).returncode == 0
+    first, second = calls(fakes, "rstar")
+    assert "--fresh" in first and second.split() == [word for word in first.split() if word != "--fresh"]
+
+
 def test_cancelled_slurm_job_does_not_come_back(fakes: dict[str, str]) -> None:
     assert slurm_job(fakes, signal.SIGTERM) == 75
     assert not calls(fakes, "scontrol requeue")
