@@ -79,7 +79,7 @@ async def test_a_runaway_symbolic_grading_ends_at_its_limit_and_counts_as_ungrad
         assert await grader.is_equivalent("\\log_2 8", "3")  # starts the grading process
         start = time.monotonic()
         assert not await grader.is_equivalent("\\sum_{n=1}^{10^9} \\sin n^2", "5")
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 60  # its own limit is 1 s of CPU time; the rest is room for a busy machine
         assert grader.ungradable == 1
         assert await grader.is_equivalent("\\log_2 16", "4")  # and the next one works
 
