@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting thr
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A Ray of its own asks for a token, and this process would go on doing so when a later test joins a cluster that has
+# none: that cluster's workers then die without ever running. One mode for all tests of the process.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
 # The same examples in every run, here and in CI, so that a failure can be repeated; and no limit on an example's wall

@@ -275,6 +275,7 @@ def test_losses_are_reported_to_tensorboard_too(tiny_model: Path, tmp_path: Path
 def test_losses_are_reported_to_wandb_too(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONSOLE", "off")  # its copy of stdout outlives teardown() and fails in later tests
     wandb = pytest.importorskip("wandb")
     section = dataclasses.replace(QUICK, report_to=["wandb"])
     result = train_policy(sft_rows(), str(tiny_model), tmp_path / "p", section, seed=0)

@@ -49,13 +49,10 @@ def job(folder: Path, seconds: float = 0.0) -> SearchJob:
 
 
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def two_nodes() -> Iterator[object]:
     """A head and another node; this process is connected to the head."""
     import ray
 
-    # Where the machine has a token, the first search would ask for it in this process's environment from then on, and
-    # the next cluster here would expect it of a client that has none.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     for key, value in PASSIVE_WAIT.items():
         os.environ.setdefault(key, value)
     cluster = Cluster(initialize_head=True, head_node_args={**NODES, "include_dashboard": False})
@@ -131,6 +128,10 @@ def test_a_local_ray_is_our_own_beside_a_strangers_on_its_usual_ports(two_nodes:
     assert address != stranger and nodes == "1"
 
 
+def without(*variables: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in variables}
+
+
 def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
@@ -165,7 +166,8 @@ def test_nothing_is_left_when_the_driver_dies(tmp_path: Path) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-m", "rstar", *evolve(folder, "cluster=local", "cluster.cpus_per_worker=0.5")],
         cwd=ROOT,
-        env={**os.environ, "RSTAR_TEST_MARK": str(tmp_path)},
+        # with the token that Ray asks for by default: this process has no other cluster
+        env={**without("RAY_AUTH_MODE"), "RSTAR_TEST_MARK": str(tmp_path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
