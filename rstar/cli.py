@@ -158,14 +158,14 @@ def _parser() -> argparse.ArgumentParser:
         "--benchmarks", default="", help="names and files: gsm8k,math500,mine.jsonl,gsm8k=copy.json"
     )
     evaluation.add_argument("--methods", default="", help="of greedy,sample,maj,bon,beam,dvts,mcts")
-    evaluation.add_argument("--trajectories", default="1,4,16,64", help="numbers of samples or searches (%(default)s)")
+    evaluation.add_argument("--trajectories", default="", help="numbers of samples or searches (1,4,16,64)")
     evaluation.add_argument("--ppm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
     evaluation.add_argument("--orm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
     evaluation.add_argument(
         "--limit", type=int, default=0, help="only the first N problems of each benchmark, or trees"
     )
     evaluation.add_argument("--config", default="", help="a recipe's YAML file whose model, engine, ... settings hold")
-    evaluation.add_argument("--out", default="runs/eval", help="folder of the results (default %(default)s)")
+    evaluation.add_argument("--out", default="", help="folder of the results (default runs/eval)")
     evaluation.add_argument(
         "--ppm-quality", default="", metavar="TREES|STEPS.jsonl",
         help="measure the PPM given as MODEL by itself, on graded trees or on step-labelled solutions",

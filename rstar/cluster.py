@@ -98,6 +98,8 @@ def search_all(
         if number < 1:
             raise UserError(f"{name}={number}", need="at least 1")
     if section.address == "inline":
+        if section.workers > 1:
+            print(f"cluster.address=inline: one search worker, not cluster.workers={section.workers}", flush=True)
         section, workers = replace(section, workers=1), _workers
     else:
         workers = _remote_workers

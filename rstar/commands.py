@@ -185,7 +185,7 @@ def search(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     first, *rest = options.targets
     if first.endswith((".yaml", ".yml")):
-        for name in ("benchmarks", "methods", "limit", "ppm", "orm", "ppm_quality", "config"):
+        for name in ("benchmarks", "methods", "trajectories", "limit", "ppm", "orm", "ppm_quality", "config", "out"):
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} with {first}", need="models: rstar eval MODEL...")
         options.config, options.overrides, options.stages = first, [*rest, *options.overrides], ("eval",)

@@ -293,7 +293,7 @@ def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
     for layer in file_layers(Path(path)) if path is not None else []:
         merged = merge(schema, merged, layer)
     for text in overrides:
-        merged = merge(schema, merged, override_node(text))
+        merged = merge(schema, merged, override_node(schema, text))
     config = to_object(schema, merged)
     check_values(config)
     rounds = getattr(config, "rounds", None)

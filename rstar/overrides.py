@@ -47,11 +47,16 @@ def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
     return [*below, node]
 
 
-def override_node(text: str) -> DictConfig:
-    """One `key=value` as a node."""
-    key, equals, _ = text.partition("=")
+def override_node(schema: type[Any], text: str) -> DictConfig:
+    """One `key=value` as a node. What `schema` takes as a text is the value as it stands, unless it is in quotes: YAML
+    would see a mapping in {question} and nothing in an empty one."""
+    key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {text!r}", need="key=value", how="for example search.rollouts=16")
+    if _kind(schema, key) is str and value[:1] not in ("'", '"') and value != "null":
+        node = OmegaConf.create()
+        OmegaConf.update(node, key, value)
+        return node
     try:
         return OmegaConf.from_dotlist([text])
     except Exception as error:  # YAML errors inside the value
@@ -98,14 +103,21 @@ def _spell_out(layer: DictConfig, base: DictConfig) -> None:
 
 def _expected(schema: type[Any], key: str) -> str:
     """What a dotted key takes, in words."""
-    kind: Any = schema
-    for name in key.split("[")[0].split("."):
-        kind = _field_types(cast(type[Any], kind)).get(name) if dataclasses.is_dataclass(kind) else None
+    kind = _kind(schema, key)
     if kind is None:
         return ""
     if dataclasses.is_dataclass(kind):
         return f"a section with {', '.join(_field_types(cast(type[Any], kind)))}"
     return str(getattr(kind, "__name__", kind)) if not typing.get_args(kind) else str(kind)
+
+
+def _kind(schema: type[Any], key: str) -> Any:
+    """The type of a dotted key, in a round's overlay too; None where there is no such key."""
+    names = key.split("[")[0].split(".")
+    kind: Any = schema
+    for name in names[2:] if names[0] == "rounds" else names:
+        kind = _field_types(cast(type[Any], kind)).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def to_object(schema: type[T], node: DictConfig) -> T:

@@ -306,9 +306,12 @@ def test_worker_that_a_ray_of_our_own_could_never_start_is_refused(tmp_path: Pat
         search_all(job(tmp_path), items(), section, lambda s: None)
 
 
-def test_inline_is_one_worker_whatever_the_cluster_would_have(tmp_path: Path) -> None:
+def test_inline_is_one_worker_whatever_the_cluster_would_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     search_all(job(tmp_path), items(PROBLEMS[:2]), ClusterSection(workers=8), lambda s: None)
     assert [path.name for path in tmp_path.glob("trees-*")] == ["trees-w0.jsonl.zst"]
+    assert "one search worker, not cluster.workers=8" in capsys.readouterr().out
 
 
 def test_trees_that_a_lost_worker_had_on_disk_are_not_searched_again(inline: Path, tmp_path: Path) -> None:

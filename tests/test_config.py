@@ -82,6 +82,18 @@ def test_a_value_that_no_stage_could_use_is_found_at_once(override: str, said: s
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["", "{question}", "{question}\n", "[a, b", "007", "on", "a: b", "# b"])
+def test_a_text_is_taken_as_it_stands(text: str) -> None:
+    config = load(Config, None, ["model=m", f"model.system={text}", f"rounds.r1.model.template={text}"])
+    assert (config.model.system, for_round(config, 1).model.template) == (text, text)
+
+
+def test_a_text_in_quotes_is_yaml_and_null_stays_no_value() -> None:
+    assert load(Config, None, ["model=m", r'model.template="{question}\n"']).model.template == "{question}\n"
+    with pytest.raises(UserError, match=r"model\.system: .*need str"):
+        load(Config, None, ["model=m", "model.system=null"])
+
+
 def test_missing_value_names_the_key() -> None:
     with pytest.raises(UserError, match=r"model\.base has no value"):
         load(Config, None, [])

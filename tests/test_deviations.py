@@ -20,6 +20,7 @@ from rstar.extract.trajectories import path_segments
 from rstar.overrides import keys
 from rstar.problems.agreement import agreeing_answer
 from rstar.recipes import load_config, rstar_math
+from rstar.recipes.base_model import base_checkpoint
 from rstar.rounds import RunDir
 from rstar.search.collect import _sampling
 from rstar.search.expand import Expander
@@ -207,9 +208,9 @@ def test_deviation_D14_warm_up_is_off_but_where_a_config_asks_for_it(tmp_path: P
         assert not (config.warmup.enabled and config.bootstrap.enabled)
     _, config = load_config(str(CONFIGS / "tiny.yaml"), [f"model.base={tiny_model}", "model.step_tokens=false"])
     run = RunDir(tmp_path)
-    assert rstar_math.base_checkpoint(config, run) == str(run.round(0).policy)
+    assert base_checkpoint(config, run) == str(run.round(0).policy)
     off = dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, enabled=False))
-    assert rstar_math.base_checkpoint(off, run) == str(tiny_model)
+    assert base_checkpoint(off, run) == str(tiny_model)
 
 
 def test_deviation_D15_the_second_pass_is_a_fresh_tree_with_the_next_seed() -> None:

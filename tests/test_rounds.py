@@ -16,7 +16,8 @@ import pytest
 
 from rstar import rounds
 from rstar.recipes import load_config
-from rstar.recipes.rstar_math import base_checkpoint, check, ppm_rows, stages
+from rstar.recipes.base_model import base_checkpoint
+from rstar.recipes.rstar_math import check, ppm_rows, stages
 from rstar.report.unsolved import unsolved, unsolved_text
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
 from rstar.search.collect import SearchWorker

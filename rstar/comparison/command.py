@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rstar.comparison.ppm_quality import ppm_quality
-from rstar.comparison.run import DEFAULT_METHODS, compare, contenders, load_questions, read_settings, usable
+from rstar.comparison.run import (
+    DEFAULT_METHODS,
+    DEFAULT_TRAJECTORIES,
+    compare,
+    contenders,
+    load_questions,
+    read_settings,
+    usable,
+)
 from rstar.comparison.write import write_comparison
 from rstar.rounds import RunDir
 from rstar.types import UserError
@@ -17,7 +25,7 @@ def evaluate_models(models: Sequence[str], overrides: Sequence[str], options: ar
     """Do what the options say; returns the text to print. Raises UserError before any model is loaded."""
     if not models:
         raise UserError("no model", need="a folder or a hub id")
-    settings, out = read_settings(models[0], options.config, overrides), Path(options.out)
+    settings, out = read_settings(models[0], options.config, overrides), Path(options.out or "runs/eval")
     held = RunDir(out)
     held.acquire()
     try:
@@ -28,7 +36,7 @@ def evaluate_models(models: Sequence[str], overrides: Sequence[str], options: ar
         if not options.benchmarks:
             raise UserError("no benchmarks", need="--benchmarks gsm8k,math500,FILE.jsonl")
         try:
-            trajectories = [int(text) for text in options.trajectories.split(",")]
+            trajectories = [int(text) for text in (options.trajectories or DEFAULT_TRAJECTORIES).split(",")]
         except ValueError as error:
             raise UserError(f"--trajectories {options.trajectories}", need="numbers such as 1,4,16") from error
         if options.limit < 0:

@@ -42,6 +42,7 @@ from rstar.types import Problem, UserError
 
 METHODS = ("greedy", "sample", "maj", "bon", "beam", "dvts", "mcts")
 DEFAULT_METHODS = ("greedy", "sample", "maj", "bon", "beam", "mcts")
+DEFAULT_TRAJECTORIES = "1,4,16,64"
 
 
 @dataclass(frozen=True)

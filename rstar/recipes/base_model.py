@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
-from rstar.config import ModelSection
+from rstar.config import ModelSection, RunSection, WarmupSection
+from rstar.rounds import RunDir
+
+
+class WarmedUp(Protocol):
+    """A recipe's config, as far as the base of its rounds goes."""
+
+    @property
+    def run(self) -> RunSection: ...
+    @property
+    def model(self) -> ModelSection: ...
+    @property
+    def warmup(self) -> WarmupSection: ...
+
+
+def base_checkpoint(config: WarmedUp, run: RunDir) -> str:
+    """What every round is trained from: the warm-up where there is one, else the base model itself."""
+    if config.warmup.enabled:
+        return str(run.round(0).policy)
+    if config.model.step_tokens:
+        return str(with_delimiters(run))
+    return base_model(config.model, run.path, seed=config.run.seed)
+
+
+def with_delimiters(run: RunDir) -> Path:
+    """The base model with the step delimiters in its vocabulary, where model.step_tokens asks for that."""
+    return run.round(0).path / "start"
 
 
 def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:

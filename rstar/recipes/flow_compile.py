@@ -12,11 +12,11 @@ from rstar.config import (
 )
 from rstar.extract.sft import sft_rows
 from rstar.problems import load_problems
+from rstar.recipes.base_model import base_checkpoint
 from rstar.recipes.flow_figures import accuracy_table
 from rstar.recipes.flow_parts import (
     Config,
     adapters_of,
-    base_of,
     finished_eval,
     flow_pass,
     measured_accuracy,
@@ -56,7 +56,7 @@ def solutions_stage(config: Config, run: RunDir, number: int) -> Stage:
     here = run.round(number)
 
     def work() -> StageResult:
-        pool, base = load_problems(config.problems).train, base_of(config, run)
+        pool, base = load_problems(config.problems).train, base_checkpoint(config, run)
         mine = single_pass(config, here.path / "self", graded=True, samples=config.compile.samples)
         search(config, search_job(config, base, [mine]), [pool], "self-generated solutions")
         flow = flow_pass(config, here.path / "flow", graded=True)
@@ -85,7 +85,7 @@ def arms_stage(config: Config, run: RunDir, number: int) -> Stage:
 
     def work() -> StageResult:
         pool = load_problems(config.problems).train
-        rows = {"reference": reference_rows(config, base_of(config, run), pool)}
+        rows = {"reference": reference_rows(config, base_checkpoint(config, run), pool)}
         for arm in ("self", "flow"):
             rows[arm] = [
                 _whole(row) if config.search.form == "text" else row
@@ -123,7 +123,7 @@ def policy_stage(config: Config, run: RunDir, number: int, arm: str) -> Stage:
         rows, output = read_rows(here.path / f"{arm}.jsonl", SftRow), here.path / f"policy-{arm}"
         with TrainingProgress(f"fine-tuning on {arm} solutions") as progress:
             result = train_policy(
-                rows, base_of(config, run), output, config.sft, seed=config.run.seed, on_progress=progress
+                rows, base_checkpoint(config, run), output, config.sft, seed=config.run.seed, on_progress=progress
             )
         return StageResult((output,), asdict(result))
 

@@ -40,13 +40,12 @@ from rstar.config import (
 from rstar.extract.flow_pairs import flow_pairs
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.generated import fresh
-from rstar.recipes.base_model import base_model
+from rstar.recipes.base_model import base_checkpoint, base_model, with_delimiters
 from rstar.recipes.flow_compile import compile_stages
 from rstar.recipes.flow_figures import accuracy_table, flow_table, margin_table, progressive_curve
 from rstar.recipes.flow_parts import (
     Config,
     adapters_of,
-    base_of,
     finished_eval,
     flow_pass,
     measured_accuracy,
@@ -55,7 +54,6 @@ from rstar.recipes.flow_parts import (
     search_job,
     settings_of,
     single_pass,
-    start,
     stop_rows,
     trees_of,
 )
@@ -120,7 +118,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         if config.model.step_tokens:
             from rstar.training.vocabulary import with_step_tokens
 
-            base, outputs = str(with_step_tokens(base, start(run))), [start(run)]
+            base, outputs = str(with_step_tokens(base, with_delimiters(run))), [with_delimiters(run)]
         if not config.warmup.enabled:
             return StageResult(tuple(outputs), {"base": base})
         from rstar.training.sft import train_policy
@@ -157,7 +155,9 @@ def _frozen_stage(config: Config, run: RunDir) -> Stage:
         ]
         passes[-1] = replace(passes[-1], search=replace(config.search, rollouts=1))
         sets = [pool.train if name.startswith("stream") else pool.heldout for name in folders]
-        search(config, search_job(config, base_of(config, run), passes), sets, "untrained flow and single model")
+        search(
+            config, search_job(config, base_checkpoint(config, run), passes), sets, "untrained flow and single model"
+        )
         pairs = [row for (tree,) in problem_trees(folders["pairs"]) for row in flow_pairs(tree)]
         write_rows(here.pairs, pairs)
         methods = {name: measured_accuracy(config, folders[name]) for name in ("greedy", "flow")}
@@ -180,7 +180,7 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
         from rstar.training.dpo import AdapterTrainer
 
         problems = load_problems(config.problems).train
-        base = base_of(config, run)
+        base = base_checkpoint(config, run)
         trainer = AdapterTrainer(base, ["answer", "stop"], config.dpo, seed=config.run.seed)
         one = SearchPass(here.path.resolve(), replace(config.search, rollouts=1))
         worker = SearchWorker(replace(search_job(config, base, [one]), lora_rank=config.dpo.lora_rank), "w0")
@@ -236,7 +236,7 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
         folder, heldout = here.eval / "flow", load_problems(config.problems).heldout
         search(
             config,
-            search_job(config, base_of(config, run), [flow_pass(config, folder)], adapters_of(run)),
+            search_job(config, base_checkpoint(config, run), [flow_pass(config, folder)], adapters_of(run)),
             [heldout],
             "trained flow",
         )
@@ -245,7 +245,7 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
         for name, trees in (("frozen flow", "stream-flow"), ("single model", "stream-single")):
             found = {tree.problem.id: tree.solved for tree in trees_of(before.eval / trees)}
             outcomes[name] = [found[p.problem_id] for p in predictions]
-        trainer = AdapterTrainer(base_of(config, run), ["answer", "stop"], config.dpo, seed=config.run.seed)
+        trainer = AdapterTrainer(base_checkpoint(config, run), ["answer", "stop"], config.dpo, seed=config.run.seed)
         pairs = read_rows(before.pairs, PreferenceRow)
         kinds = {role: [row for row in pairs if row.kind == role] for role in trainer.steps}
         fresh_margins = {role: trainer.margins(role, rows) for role, rows in kinds.items() if rows}

@@ -26,7 +26,7 @@ from rstar.config import (
 from rstar.problems import ProblemSet
 from rstar.problems.worked import in_words
 from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, step_prompt, stop_asked
-from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.base_model import absolute
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.verification import evaluated
 from rstar.report.progress import SearchProgress
@@ -89,20 +89,6 @@ class Config:
         )
     )
     rounds: dict[str, Any] = field(default_factory=dict)
-
-
-def base_of(config: Config, run: RunDir) -> str:
-    """What adapters and compiled models start from: the warm-up where there is one, else the base model."""
-    if config.warmup.enabled:
-        return str(run.round(0).policy)
-    if config.model.step_tokens:
-        return str(start(run))
-    return base_model(config.model, run.path, seed=config.run.seed)
-
-
-def start(run: RunDir) -> Path:
-    """The base model with the step delimiters in its vocabulary, where model.step_tokens asks for that."""
-    return run.round(0).path / "start"
 
 
 def solution_text(problem: Problem) -> str:

@@ -75,7 +75,7 @@ from rstar.config import (
 )
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
-from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.base_model import absolute, base_checkpoint, base_model, with_delimiters
 from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts, unsolved
 from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints, travelling
@@ -156,18 +156,6 @@ def check(config: Config) -> ProblemSet:
     return problems
 
 
-def base_checkpoint(config: Config, run: RunDir) -> str:
-    """What every round's policy is trained from: the warm-up where there is one, else the base model itself."""
-    if config.warmup.enabled:
-        return str(run.round(0).policy)
-    return str(_start(run)) if config.model.step_tokens else base_model(config.model, run.path, seed=config.run.seed)
-
-
-def _start(run: RunDir) -> Path:
-    """The base model with the step delimiters in its vocabulary, where model.step_tokens asks for that."""
-    return run.round(0).path / "start"
-
-
 # -- round 0 ---------------------------------------------------------------------------------------------------------
 
 
@@ -187,8 +175,8 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         if config.model.step_tokens:
             from rstar.training.vocabulary import with_step_tokens
 
-            base = str(with_step_tokens(base, _start(run)))
-            outputs.append(_start(run))
+            base = str(with_step_tokens(base, with_delimiters(run)))
+            outputs.append(with_delimiters(run))
         if not config.warmup.enabled:
             return StageResult(tuple(outputs), counts)
         from rstar.training.sft import train_policy
