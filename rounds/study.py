@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from platform import machine
+from statistics import fmean
 from typing import Any
 
 from rstar.config import digest, for_round, to_dict
@@ -386,15 +387,22 @@ def question_6_table(result: dict[str, Any]) -> Iterator[str]:
     yield f"\nTokens written for training, by policies and teachers: {spent}."
 
 
-def no_ppm(study: Study) -> None:
-    """The rounds of question 1 that search with a PPM, searched without: is it the PPM that helps, or hurts?"""
-    search, config = study.searched(), study.resolved()
+def without_ppm(study: Study, search: RunDir) -> tuple[RunDir, int]:
+    """The rounds of `search` that search with a PPM, made again without one, and the first of them."""
+    config = study.resolved()
     last = config.run.rounds
     first = next(n for n in range(1, last + 1) if for_round(config, n).search.use_ppm)
     run, numbers = study.from_base("no-ppm", search, first), range(first, last + 1)
     laid = [f"rounds.r{n}.{key}" for n in numbers for key in ("search.use_ppm=false", "ppm.epochs=0")]
     for number in numbers:
         rstar("round", str(number), study.config, *study.overrides, *laid, f"run.dir={run.path}")
+    return run, first
+
+
+def no_ppm(study: Study) -> None:
+    """The rounds of question 1 that search with a PPM, searched without: is it the PPM that helps, or hurts?"""
+    search, last = study.searched(), study.resolved().run.rounds
+    run, first = without_ppm(study, search)
     rows = []
     for number in range(first - 1, last + 1):
         row: dict[str, Any] = {"round": number}
@@ -427,6 +435,60 @@ def no_ppm_table(result: dict[str, Any]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
+def orders(study: Study) -> None:
+    """What of a difference is luck? The same rows trained in three orders: of the last round of search and of its
+    rival, and of the first round with a PPM and the one without."""
+    search = study.searched()
+    expert, last = study.expert(search), study.resolved().run.rounds
+    without, first = without_ppm(study, search)
+    arms = {
+        f"search, round {last}": (search, last),
+        f"expert iteration, round {last}": (expert, last),
+        f"searched with the PPM, round {first}": (search, first),
+        f"searched without, round {first}": (without, first),
+    }
+    models: dict[Path, str] = {}
+    for name, (run, number) in arms.items():
+        for order in (study.seed + 10, study.seed + 20):
+            made = study.runs / f"trained-s{study.seed}" / f"{run.path.name}-round{number}-order{order}"
+            models[made] = name
+            if not made.exists():
+                options = ["--model", str(search.round(0).policy), "--out", str(made), "--config", study.config]
+                rstar("train", "policy", run.round(number).sft, *options, *study.overrides, f"run.seed={order}")
+    study.compare("orders-models", list(models), "greedy", "1")
+    answers = {name: [greedy(run, number)] for name, (run, number) in arms.items()}
+    records = (study.runs / f"orders-s{study.seed}" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in records]
+    for made, name in models.items():
+        own = [r for r in found if r["model"] == made.name]
+        answers[name].append({r["problem_id"]: float(any(c["correct"] for c in r["candidates"])) for r in own})
+    means = {name: {i: fmean(one[i] for one in three) for i in three[0]} for name, three in answers.items()}
+    overall = {name: asdict(bootstrap(list(one.values()))) for name, one in means.items()}
+    rows = [
+        {"rows": name, "orders": [fmean(one.values()) for one in three], "mean": overall[name]}
+        for name, three in answers.items()
+    ]
+    names = list(arms)
+    tests = {f"{one} - {other}": asdict(against(means[one], means[other])) for one, other in (names[:2], names[2:])}
+    result = {"seed": study.seed, "rows": rows, "paired": tests,
+              "machine": f"{this_machine().partition(', ')[2]}, {software()}"}  # fmt: skip
+    study.keep("orders", result, orders_table(result))
+
+
+def orders_table(result: dict[str, Any]) -> Iterator[str]:
+    """The table of orders as Markdown."""
+    yield f"# The same rows, trained in three orders (seed {result['seed']})\n"
+    yield f"Greedy held-out accuracy, percent with 95% bootstrap intervals over problems. {result['machine']}\n"
+    yield "| rows of | order 1 | order 2 | order 3 | mean of the three |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for row in result["rows"]:
+        yield f"| {row['rows']} | " + " | ".join(f"{100 * v:.1f}" for v in row["orders"]) + (
+            f" | {measure(Measure(**row['mean']))} |")  # fmt: skip
+    yield ""
+    for name, test in result["paired"].items():
+        yield f"* {name}, means of three: {measure(Measure(**test['difference']))} points"
+
+
 def hard(study: Study) -> None:
     """Question 1 again on families that sampling rarely solves."""
     config = study.config if study.size == "tiny" else "configs/study/hard.yaml"
@@ -435,7 +497,7 @@ def hard(study: Study) -> None:
 
 QUESTIONS: dict[str, Callable[[Study], None]] = {
     "1": question_1, "2": question_2, "3": question_3, "4": question_4, "5": question_5, "6": question_6,
-    "hard": hard, "no-ppm": no_ppm,
+    "hard": hard, "no-ppm": no_ppm, "orders": orders,
 }  # fmt: skip
 
 

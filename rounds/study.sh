@@ -11,7 +11,7 @@
 #   6   outcome verifiers, Flow-DPO and Orca 2 beside rStar-Math, on the same model and problems
 #   hard      question 1 again on families that the base can hardly solve, where sampling rarely succeeds
 #   no-ppm    the rounds of question 1 that search with a PPM, without one
-#
+#   orders    the same rows trained in three orders: how much of a difference is luck
 # Without a question: all, in this order; all but "hard" go on from the models of 1. What is finished is not run again.
 # Runs live in runs/study/; tables, JSON and the settings go to rounds/results/<date>-<machine>/ and can be committed.
 #
