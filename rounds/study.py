@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from platform import machine
 from statistics import fmean
@@ -26,7 +27,7 @@ from rstar.machine import software, this_machine
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.report.results import count, measure, share
-from rstar.rounds import RunDir
+from rstar.rounds import RoundDir, RunDir
 from rstar.store import write_json, write_rows
 from rstar.types import UserError
 
@@ -123,6 +124,14 @@ class Study:
                 f"run.dir={run.path}",
             )
         return run
+
+    def retrained(self, here: RoundDir, base: RunDir, order: int) -> Path:
+        """The policy of a round, trained again from the base of all on the same rows in another order."""
+        made = self.runs / f"trained-s{self.seed}" / f"{here.path.parent.name}-round{here.number}-order{order}"
+        if not made.exists():
+            options = ["--model", str(base.round(0).policy), "--out", str(made), "--config", self.config]
+            rstar("train", "policy", here.sft, *options, *self.overrides, f"run.seed={order}")
+        return made
 
     def compare(self, name: str, models: Sequence[Path], methods: str, trajectories: str, *more: str | Path) -> None:
         """`rstar eval` on the held-out problems; its tables go to the results as <question>-seed<N>."""
@@ -447,21 +456,20 @@ def orders(study: Study) -> None:
         f"searched with the PPM, round {first}": (search, first),
         f"searched without, round {first}": (without, first),
     }
-    models: dict[Path, str] = {}
-    for name, (run, number) in arms.items():
-        for order in (study.seed + 10, study.seed + 20):
-            made = study.runs / f"trained-s{study.seed}" / f"{run.path.name}-round{number}-order{order}"
-            models[made] = name
-            if not made.exists():
-                options = ["--model", str(search.round(0).policy), "--out", str(made), "--config", study.config]
-                rstar("train", "policy", run.round(number).sft, *options, *study.overrides, f"run.seed={order}")
-    study.compare("orders-models", list(models), "greedy", "1")
-    answers = {name: [greedy(run, number)] for name, (run, number) in arms.items()}
+    trained = {
+        name: [study.retrained(run.round(number), search, study.seed + more) for more in (10, 20)]
+        for name, (run, number) in arms.items()
+    }
+    study.compare("orders-models", list(dict.fromkeys(chain.from_iterable(trained.values()))), "greedy", "1")
     records = (study.runs / f"orders-s{study.seed}" / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line) for line in records]
-    for made, name in models.items():
-        own = [r for r in found if r["model"] == made.name]
-        answers[name].append({r["problem_id"]: float(any(c["correct"] for c in r["candidates"])) for r in own})
+    answered: dict[str, dict[str, float]] = {}
+    for one in map(json.loads, records):
+        right = float(any(candidate["correct"] for candidate in one["candidates"]))
+        answered.setdefault(one["model"], {})[one["problem_id"]] = right
+    answers = {
+        name: [greedy(run, number), *(answered[model.name] for model in trained[name])]
+        for name, (run, number) in arms.items()
+    }
     means = {name: {i: fmean(one[i] for one in three) for i in three[0]} for name, three in answers.items()}
     overall = {name: asdict(bootstrap(list(one.values()))) for name, one in means.items()}
     rows = [

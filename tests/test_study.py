@@ -14,7 +14,7 @@ from rstar.evaluation import Candidate, EvalRecord, bootstrap, measures
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.rounds import RoundDir, RunDir
-from rstar.store import write_json
+from rstar.store import write_json, write_rows
 
 PROBLEMS, SEARCH_TOKENS, HELDOUT = 20, (0, 30_000, 20_000, 15_000), [f"sums/heldout/{i}" for i in range(6)]
 RIGHT = {"search": (2, 4, 6, 6), "expert": (2, 3, 5, 5)}  # of the greedy answers, by round
@@ -94,6 +94,9 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[study.Study
             out.mkdir(parents=True, exist_ok=True)
             for name in ("results.json", "results.md", "accuracy_vs_tokens.svg"):
                 (out / name).write_text(" ".join(words))
+            models = [Path(word).name for word in words[1 : words.index("--benchmarks")]]
+            half = [{"problem_id": name, "candidates": [{"correct": i < 3}]} for i, name in enumerate(HELDOUT)]
+            write_rows(out / "records.jsonl", [{"model": model} | row for model in models for row in half])
 
     monkeypatch.setattr(study, "rstar", rstar)
     (tmp_path / "out").mkdir()
@@ -207,6 +210,26 @@ def test_later_rounds_are_searched_again_without_the_ppm_from_the_same_models(
     text = (one.out / "no-ppm-seed3.md").read_text()
     assert re.search(r"^\| 2 \| - \| - \| 100\.0 \[.* \| - \| - \| 100\.0 \[", text, flags=re.MULTILINE)
     assert re.search(r"^\| 3 \| 15,000 \| 65\.0 \| .* \| 2,400 \| 65\.0 \| ", text, flags=re.MULTILINE)
+
+
+def test_the_same_rows_are_trained_in_three_orders_and_compared_by_their_means(
+    played: tuple[study.Study, list[list[str]]],
+) -> None:
+    one, said = played
+    study.orders(replace(one, config="configs/study/search.yaml", settings=("run.rounds=3",)))
+    trained = [words for words in said if words[0] == "train"]
+    assert [(Path(words[2]).parts[-3:], words[-1]) for words in trained] == [
+        ((run, f"round_{number:02d}", "sft.jsonl"), f"run.seed={order}")
+        for run, number in (("search-s3", 3), ("expert-s3", 3), ("search-s3", 3), ("no-ppm-s3", 3))
+        for order in (13, 23)
+    ]
+    (compared,) = (words for words in said if words[0] == "eval")
+    made = [words[words.index("--out") + 1] for words in trained]
+    assert compared[1:8] == [*dict.fromkeys(made), "--benchmarks"], "a model answers twice"
+    text = (one.out / "orders-seed3.md").read_text()
+    assert re.search(r"^\| search, round 3 \| 100\.0 \| 50\.0 \| 50\.0 \| 66\.7 \[", text, flags=re.MULTILINE)
+    assert re.search(r"^\| expert iteration, round 3 \| 83\.3 \| 50\.0 \| 50\.0 \| 61\.1 \[", text, flags=re.MULTILINE)
+    assert "* search, round 3 - expert iteration, round 3, means of three: 5.6 [" in text
 
 
 def test_every_size_has_its_config_and_the_gpus_has_more_problems() -> None:
