@@ -56,7 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        if options.act not in (commands.show, commands.status, commands.config):
+        looks = (commands.show, commands.status, commands.config, commands.doctor, commands.report)
+        if options.act not in looks and not getattr(options, "dry_run", False):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `rstar show RUN | head` has seen enough
         return 0

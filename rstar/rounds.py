@@ -106,11 +106,10 @@ class RoundDir:
         if record is None or not all((self.path / name).exists() for name in record.outputs):
             started = self.started_note(stage)
             if started.exists():
-                self._refuse_changes(stage, read_json(started), {"settings": settings, "inputs": inputs})
+                self._refuse_changes(stage, read_json(started), {"settings": settings, "inputs": inputs}, started)
             return None
-        self._refuse_changes(
-            stage, {"settings": record.settings, "inputs": record.inputs}, {"settings": settings, "inputs": inputs}
-        )
+        made, wanted = {"settings": record.settings, "inputs": record.inputs}, {"settings": settings, "inputs": inputs}
+        self._refuse_changes(stage, made, wanted, *(self.path / name for name in record.outputs))
         return record
 
     def start(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], **notes: Any) -> None:
@@ -146,7 +145,7 @@ class RoundDir:
         """Where `start` writes."""
         return self.path / f".{stage}-started.json"
 
-    def _refuse_changes(self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    def _refuse_changes(self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any], *files: Path) -> None:
         settings, inputs = _changes(old["settings"], new["settings"]), _changes(old["inputs"], new["inputs"])
         if settings or inputs:
             changed = "; ".join(f"{key}: {before} -> {after}" for key, before, after in settings + inputs)
@@ -154,8 +153,8 @@ class RoundDir:
             raise UserError(
                 f"{self.path / stage} was made from other settings: {changed}",
                 need="the settings it was made from",
-                how=f"set them back{back and f' ({back})'}, choose another run.dir, or remove {self.path} to make this"
-                " round again",
+                how=f"set them back{back and f' ({back})'}, choose another run.dir, or remove "
+                + (f"{files[0]} to evaluate again" if stage == "eval" else f"{self.path} to make this round again"),
             )
 
     def finish(
@@ -302,7 +301,8 @@ def run_dir(section: RunSection) -> RunDir:
 def override(number: int, key: str, value: Any) -> str:
     """The command-line setting that gives round `number` a value: rounds.r2.search.seeds=[0,1]."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return f"rounds.r{number}.{key}={text}"
+    shared = key.split(".")[0] in ("run", "problems", "model", "warmup")  # of all rounds or of none
+    return f"{key}={text}" if shared else f"rounds.r{number}.{key}={text}"
 
 
 def same_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -120,10 +120,10 @@ def wrap_question(
         ) from error
 
 
-def question_wrapper(path_or_id: str | Path, section: ModelSection) -> Callable[[str], str]:
+def question_wrapper(path_or_id: str | Path, section: ModelSection, *, key: str = "model") -> Callable[[str], str]:
     """`wrap_question` with everything but the question fixed by the config; loads the tokenizer where it is needed.
 
-    Raises UserError where the tokenizer, the template or the few-shot file cannot serve.
+    Raises UserError where the tokenizer, the template or the few-shot file cannot serve. `key`: of the section.
     """
     few_shot = load_few_shot(section.few_shot) if section.few_shot else ()
     if section.template != "chat":
@@ -132,7 +132,7 @@ def question_wrapper(path_or_id: str | Path, section: ModelSection) -> Callable[
         )
     if not str(path_or_id):
         raise UserError(
-            "model.template=chat without a model", need="a tokenizer", how="set model.base, or model.template=slm"
+            f"{key}.template=chat without a model", need="a tokenizer", how=f"set {key}.base, or {key}.template=slm"
         )
     tokenizer = load_tokenizer(path_or_id)
     check_tokenizer(tokenizer, name=str(path_or_id))

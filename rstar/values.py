@@ -35,6 +35,7 @@ LEAST: dict[str, dict[str, int]] = {
     "SearchSection": {
         "rollouts": 1, "second_pass": 0, "candidates": 1, "answer_candidates": 0, "temperature": 0, "max_depth": 1,
         "max_step_tokens": 1, "beam_width": 1, "rollouts_in_flight": 1, "trees_in_flight": 1, "checkpoint_rollouts": 0,
+        "c": 0,
     },
     "ExtractSection": {"sft_top": 0, "positives": 1, "negatives": 1, "max_pairs_per_problem": 0},
     "TrainSection": {
@@ -42,7 +43,10 @@ LEAST: dict[str, dict[str, int]] = {
         "lora_rank": 0, "frozen_layers": 0, "save_steps": 0,
     },
     "DpoSection": {"batch_size": 1, "micro_batch_tokens": 1, "max_length": 1, "lora_rank": 1},
-    "EvalSection": {"problems": 0, "search_problems": 0, "rollouts": 1, "candidates": 1, "trajectories": 1},
+    "EvalSection": {
+        "problems": 0, "search_problems": 0, "samples": 1, "rollouts": 1, "candidates": 1, "trajectories": 1,
+        "top_k": 1, "temperature": 0,
+    },
 }  # fmt: skip
 """Section -> key -> the least number it may be."""
 METHODS = ("greedy", "sample", "beam", "dvts", "mcts")  # of an evaluation
@@ -58,10 +62,14 @@ def check_values(config: Any, prefix: str = "") -> None:
             if words is not None and value not in words:
                 raise UserError(where, need=f"one of {', '.join(words)}")
             least = next((LEAST[kind][name] for kind in kinds if name in LEAST.get(kind, {})), None)
-            if least is not None and value < least:
+            if least is not None and not value >= least:  # nan is refused too
                 raise UserError(where, need=f"{least} or more")
         if "SearchSection" in kinds and (not section.seeds or len(set(section.seeds)) < len(section.seeds)):
             raise UserError(f"{prefix}{key}seeds={section.seeds}", need="one or more, each once")
+        if "SearchSection" in kinds and any(more < 1 for more in section.escalate):
+            raise UserError(f"{prefix}{key}escalate={section.escalate}", need="rollouts to add, 1 or more each")
+        if "SearchSection" in kinds and not 0 < section.top_p <= 1:
+            raise UserError(f"{prefix}{key}top_p={section.top_p}", need="more than 0, at most 1")
         if "EvalSection" in kinds and (unknown := set(section.methods) - set(METHODS)):
             raise UserError(f"{prefix}{key}methods: {', '.join(sorted(unknown))}", need=f"of {', '.join(METHODS)}")
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSec
 from rstar.engines.base import EngineError
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, finished_by, unfinished
 from rstar.store import index, read_trees, scan
+from rstar.tree import Tree
 from rstar.types import Problem, UserError
 
 PROBLEMS = [
@@ -108,6 +110,44 @@ def test_interrupted_tree_is_continued_from_its_checkpoint(inline: Path, tmp_pat
     for rows in (whole, expected):
         rows[0].pop("settings")
     assert whole == expected
+
+
+def test_escalation_cut_off_after_its_first_answer_is_carried_to_its_end(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def escalating(folder: Path) -> SearchJob:
+        whole = job(folder, escalate=[10], checkpoint_rollouts=1)
+        (one,) = whole.passes
+        return replace(whole, passes=(replace(one, search=replace(one.search, rollouts=1)),))
+
+    search_all(escalating(tmp_path / "whole"), items(), ClusterSection(), lambda s: None)
+    whole = {rows[0]["tree_id"]: rows for rows in contents(tmp_path / "whole")}
+    (tmp_path / "cut").mkdir()
+    cut: list[str] = []
+
+    async def cut_short() -> None:
+        worker = SearchWorker(escalating(tmp_path / "cut"), "w0")
+        await worker.start()
+        append = worker._writers[0].append
+
+        def until_solved(tree: Tree) -> None:
+            append(tree)
+            if tree.solved and 1 < tree.rollouts_done < 11:
+                cut.append(tree.tree_id)
+                raise Stop
+
+        worker._writers[0].append = until_solved  # type: ignore[method-assign]
+        for item in items():
+            with suppress(Stop):
+                await worker.search_problem(item)
+        await worker.close()
+
+    asyncio.run(cut_short())
+    assert cut, "no problem was first solved in its escalation"
+    search_all(escalating(tmp_path / "cut"), items(), ClusterSection(), lambda s: None)
+    resumed = {rows[0]["tree_id"]: rows for rows in contents(tmp_path / "cut")}
+    assert all(resumed[name] == whole[name] for name in cut)
 
 
 def test_escalation_goes_on_with_unsolved_problems_only(tmp_path: Path) -> None:

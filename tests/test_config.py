@@ -73,6 +73,10 @@ def test_wrong_type_names_key_and_expectation() -> None:
         ("search.seeds=[]", "need one or more, each once"),
         ("search.seeds=[0, 0]", "need one or more, each once"),
         ("eval.methods=[greedy, mctss]", "eval.methods: mctss; need of greedy"),
+        ("eval.samples=0", "eval.samples=0; need 1 or more"),
+        ("search.c=nan", "search.c=nan; need 0 or more"),
+        ("search.top_p=0", "need more than 0, at most 1"),
+        ("search.escalate=[4, -4]", "need rollouts to add, 1 or more each"),
         ("rounds.r2.search.candidates=0", "rounds.r2.search.candidates=0; need 1 or more"),
     ],
 )

@@ -25,6 +25,7 @@ from rstar.rounds import RunDir
 from rstar.search.collect import _sampling
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select
+from rstar.search.sample import sample
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.tree import Tree
 from rstar.types import TerminalReason, UserError
@@ -120,6 +121,15 @@ async def test_deviation_D5_switch_keeps_the_first_answer_alone() -> None:
     await Mcts(expander).search(1)
     assert [node.answer for node in expander.tree.nodes if node.terminal] == ["1"]
     assert expander.tree.root.visit_count == 1
+
+
+async def test_deviation_D5_switch_leaves_plain_samples_alone() -> None:
+    def script(prompt: str, seed: int, index: int) -> str:
+        return finish("v") if "<end_of_code>" not in prompt else answer(str(index % 4))
+
+    expander = with_switch(grow(script, candidates=8), first_answer_only=True)
+    await sample(expander, 8)
+    assert sum(leaf.multiplicity for leaf in expander.tree.answers()) == 8
 
 
 def test_deviation_D6_scores_are_squashed_and_the_loss_is_on_raw_scores() -> None:

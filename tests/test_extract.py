@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rstar.extract.outcomes import outcome_rows
-from rstar.extract.preferences import outcome_counts, preference_rows, sibling_pairs
+from rstar.extract.preferences import capped, outcome_counts, preference_rows, sibling_pairs
 from rstar.extract.q_values import q_rows
 from rstar.extract.sft import accuracy, sft_rows
 from rstar.extract.trajectories import path_segments, provenance, ranked
@@ -159,8 +160,21 @@ def test_failed_steps_count_as_neither_outcome() -> None:
 async def test_pair_cap_keeps_the_widest_margins() -> None:
     tree = await searched()
     everything = preference_rows(tree, min_margin=0, min_edit_distance=0)
-    capped = preference_rows(tree, min_margin=0, min_edit_distance=0, max_pairs=3)
-    assert [r.q_margin for r in capped] == sorted((r.q_margin for r in everything), reverse=True)[:3]
+    left = capped([everything], 3)
+    assert [r.q_margin for r in left] == sorted((r.q_margin for r in everything), reverse=True)[:3]
+
+
+async def test_pair_cap_is_of_the_problem_and_leaves_every_prefix_its_whole_weight() -> None:
+    pairs = preference_rows(await searched(), min_margin=0, min_edit_distance=0)
+    for most in range(1, 2 * len(pairs) + 2):
+        left = capped([pairs, pairs], most)  # two trees of one problem
+        assert len(left) == min(most, 2 * len(pairs))
+        weights: Counter[tuple[str, ...]] = Counter()
+        for row in left:
+            weights[row.kind, row.prompt] += row.weight
+        # each prefix that is left counts once in each tree that has pairs of it left
+        assert all(total == pytest.approx(1.0) or total == pytest.approx(2.0) for total in weights.values())
+    assert capped([pairs], 0) == pairs
 
 
 async def test_outcome_rows_label_every_graded_answer() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,36 @@ def test_stage_made_from_other_settings_is_refused_with_the_difference(tmp_path:
         stage(here, [], settings={"extract": {"top": 3}}).execute()
     with pytest.raises(UserError, match="trees: abc -> new"):
         stage(here, [], settings={"extract": {"top": 2}}, inputs={"trees": "new"}).execute()
+
+
+def test_other_evaluation_settings_cost_the_evaluation_and_not_the_round(tmp_path: Path) -> None:
+    here, made = RunDir(tmp_path).round(1), list[float]()
+
+    def evaluation(temperature: float, *, stopped: bool = False) -> Stage:
+        def work() -> StageResult:
+            if stopped:
+                raise KeyboardInterrupt
+            made.append(temperature)
+            here.eval_json.write_text("{}")
+            return StageResult((here.eval_json,), {})
+
+        settings = {"eval": {"temperature": temperature}}
+        return Stage(here, "eval", settings, dict, work, resumes=True, trees=(here.eval,))
+
+    def remove_what_is_named(temperature: float) -> None:
+        with pytest.raises(UserError) as refused:
+            evaluation(temperature).execute()
+        found = re.search(r"remove (\S+) to evaluate again", str(refused.value))
+        assert found
+        Path(found[1]).unlink()
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(1.0, stopped=True).execute()
+    remove_what_is_named(0.5)
+    evaluation(0.5).execute()
+    remove_what_is_named(0.7)
+    evaluation(0.7).execute()
+    assert made == [0.5, 0.7]
 
 
 def test_stage_that_resumes_in_its_middle_is_not_continued_from_other_settings(tmp_path: Path) -> None:

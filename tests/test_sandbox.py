@@ -793,7 +793,7 @@ def test_the_level_follows_from_the_host(host: Host, level: str) -> None:
 
 @pytest.mark.parametrize("host", [Host(0, True), Host(7, False), Host(0, False)])
 def test_a_host_without_locks_is_refused_unless_the_user_insists(host: Host) -> None:
-    with pytest.raises(UserError, match="unsafe-local-exec"):
+    with pytest.raises(UserError, match=r"sandbox\.unsafe_local_exec=true"):
         Sandbox(SandboxSection(), host=host)
     assert Sandbox(SandboxSection(unsafe_local_exec=True), host=host).level == "unsafe"
 

@@ -66,6 +66,14 @@ class _Transient(Exception):
         super().__init__(reason)
 
 
+def check_server(section: EngineSection, key: str = "engine") -> None:
+    """Raise UserError where the section, which is the config's `key`, names no server or none of its models."""
+    if not section.url.startswith(("http://", "https://")):
+        raise UserError(f"{key}.url={section.url!r}", need="a base URL", how=f"{key}.url=http://host:8000/v1")
+    if not section.model:
+        raise UserError(f"no {key}.model", need="the model's name on the server", how=f"see {section.url}/models")
+
+
 class OpenAIPolicy:
     """`Policy` over HTTP: at most `section.concurrency` requests in flight, each with `section.retries` further tries.
 
@@ -75,10 +83,7 @@ class OpenAIPolicy:
     """
 
     def __init__(self, section: EngineSection, tokenizer_path: str | None = None) -> None:
-        if not section.url.startswith(("http://", "https://")):
-            raise UserError(f"engine.url={section.url!r}", need="a base URL", how="engine.url=http://host:8000/v1")
-        if not section.model:
-            raise UserError("no engine.model", need="the model's name on the server", how=f"see {section.url}/models")
+        check_server(section)
         self.usage = Usage()
         self._section = section
         self._url = section.url.rstrip("/") + "/completions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,11 +49,10 @@ def preference_rows(
     min_margin: float = 0.5,
     min_edit_distance: int = 20,
     answer_pairs: bool = True,
-    max_pairs: int = 0,
 ) -> list[PreferenceRow]:
     """Pairs of one tree: at every prefix with both outcomes below it, then whole trajectories for the final answer.
 
-    Weights are 1 / (pairs that survive the filters at a prefix). `max_pairs` > 0 keeps those of the largest margin.
+    Weights are 1 / (pairs that survive the filters at a prefix).
     """
     counts = outcome_counts(tree)
     rows: list[PreferenceRow] = []
@@ -84,9 +84,19 @@ def preference_rows(
         taken.update((chosen.id, rejected.id) for chosen, rejected in pairs)
     if answer_pairs:
         rows.extend(_weighted(_answer_rows(tree, positives, negatives, taken)))
-    if max_pairs and len(rows) > max_pairs:
-        rows = sorted(rows, key=lambda row: -row.q_margin)[:max_pairs]
     return rows
+
+
+def capped(trees: Sequence[Sequence[PreferenceRow]], most: int) -> list[PreferenceRow]:
+    """Of the pairs of a problem's trees at most so many, those of the largest margin; 0: all.
+
+    What is left of a prefix is weighted anew, so that its weights sum to 1 whatever the cap has taken.
+    """
+    rows = [(number, row) for number, pairs in enumerate(trees) for row in pairs]
+    if 0 < most < len(rows):
+        rows = sorted(rows, key=lambda one: -one[1].q_margin)[:most]
+    prefixes = Counter((number, row.kind, row.prompt_segments) for number, row in rows)
+    return [replace(row, weight=1 / prefixes[number, row.kind, row.prompt_segments]) for number, row in rows]
 
 
 def _answer_rows(tree: Tree, positives: int, negatives: int, taken: set[tuple[int, int]]) -> list[PreferenceRow]:

@@ -15,7 +15,7 @@ from rstar.config import EvalSection, SandboxSection, SearchSection
 from rstar.evaluation import EvalRecord, by_level, eval_record, measures
 from rstar.grading import Grader, is_equivalent_fast
 from rstar.sandbox import Sandbox
-from rstar.search.collect import SearchPass
+from rstar.search.collect import SearchPass, check_search
 from rstar.search.failures import infrastructure_failures
 from rstar.store import index, read_frame, read_trees
 from rstar.tree import Tree
@@ -85,6 +85,12 @@ def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, wi
         for method in section.methods
         if (one := eval_search(method, section, search, with_scorer=with_ppm)).method == "sample" or with_ppm
     }
+
+
+def check_searches(search: SearchSection, section: EvalSection) -> None:
+    """Refuse settings that a search, or one of its evaluation, could not be grown with. Raises UserError."""
+    for one in (search, *(eval_search(method, section, search, with_scorer=True) for method in section.methods)):
+        check_search(one)
 
 
 def problem_limit(method: str, section: EvalSection) -> int | None:

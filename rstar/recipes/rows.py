@@ -7,7 +7,7 @@ from typing import Any
 
 from rstar.config import ExtractSection
 from rstar.extract.outcomes import outcome_rows
-from rstar.extract.preferences import preference_rows
+from rstar.extract.preferences import capped, preference_rows
 from rstar.extract.q_values import q_rows
 from rstar.extract.sft import sft_rows
 from rstar.search.tree_operations import merge
@@ -30,19 +30,18 @@ def scorer_rows(trees: Sequence[Tree], section: ExtractSection, loss: str) -> li
     trees = _merged(trees, section)
     if loss != "pairwise":
         return [row for tree in trees for row in (q_rows(tree) if loss == "mse" else outcome_rows(tree))]
-    return [
-        row
-        for tree in trees
-        for row in preference_rows(
+    pairs = [
+        preference_rows(
             tree,
             positives=section.positives,
             negatives=section.negatives,
             min_margin=section.min_margin,
             min_edit_distance=section.min_edit_distance,
             answer_pairs=section.answer_pairs,
-            max_pairs=section.max_pairs_per_problem,
         )
+        for tree in trees
     ]
+    return capped(pairs, section.max_pairs_per_problem)
 
 
 def _merged(trees: Sequence[Tree], section: ExtractSection) -> Sequence[Tree]:

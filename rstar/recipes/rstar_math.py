@@ -76,9 +76,17 @@ from rstar.config import (
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_checkpoint, base_model, with_delimiters
-from rstar.recipes.measuring import eval_passes, evaluate, problem_limit, problem_trees, tree_counts, unsolved
+from rstar.recipes.measuring import (
+    check_searches,
+    eval_passes,
+    evaluate,
+    problem_limit,
+    problem_trees,
+    tree_counts,
+    unsolved,
+)
 from rstar.recipes.rows import policy_rows, scorer_rows
-from rstar.recipes.starting import files_read, seed_of, serves_checkpoints, travelling
+from rstar.recipes.starting import check_bootstrap, files_read, seed_of, serves_checkpoints, travelling
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
@@ -123,8 +131,11 @@ def stages(config: Config, number: int) -> list[Stage]:
 def check_settings(config: Config) -> None:
     """What `check` finds in the settings alone, without a file. Raises UserError."""
     serves_checkpoints(config.engine)
+    check_bootstrap(config.bootstrap)
     for number in range(1, config.run.rounds + 1):
-        search = for_round(config, number).search
+        own = for_round(config, number)
+        search = own.search
+        check_searches(search, own.eval)
         trained = number > 1 and for_round(config, number - 1).ppm.epochs
         if search.use_ppm and not search.ppm and not trained:
             why = " (ppm.epochs=0)" if number > 1 else ""
@@ -140,7 +151,7 @@ def check(config: Config) -> ProblemSet:
         raise UserError("no training problems are left", need="at least one", how="see problems.* in `rstar config`")
     if not problems.heldout and (config.problems.heldout_path or config.problems.heldout):
         raise UserError("no held-out problems are left", need="some, or problems.heldout=0 without a heldout_path")
-    for number in range(1, config.run.rounds + 1):
+    for number in range(config.run.rounds + 1):
         own = for_round(config, number).problems
         if own != config.problems and load_problems(own).heldout != problems.heldout:
             raise UserError(
@@ -149,7 +160,7 @@ def check(config: Config) -> ProblemSet:
                 how="give them a file of their own: problems.heldout_path",
             )
     if config.bootstrap.enabled:
-        question_wrapper(config.bootstrap.model.base, config.bootstrap.model)
+        question_wrapper(config.bootstrap.model.base, config.bootstrap.model, key="bootstrap.model")
     base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
     if config.engine.kind != "simulated":
         check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
@@ -236,6 +247,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
             model=travelling(writer.model),
             policy=policy(),
             ppm=absolute(config.search.ppm or str(before.ppm)) if config.search.use_ppm else "",
+            bootstrap=bootstrapped(config, number),
         )
 
         def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:

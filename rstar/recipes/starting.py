@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from rstar.config import EngineSection, ModelSection, ProblemsSection, RunSection
+from rstar.config import BootstrapSection, EngineSection, ModelSection, ProblemsSection, RunSection
 from rstar.recipes.base_model import absolute
 from rstar.store import file_digest
 from rstar.types import UserError
@@ -23,8 +23,16 @@ def serves_checkpoints(engine: EngineSection) -> None:
         raise UserError(
             f"engine.kind=openai, whose server has {engine.model or 'one model'} in every round",
             need="an engine that loads what the rounds train: hf or vllm",
-            how="bootstrap.engine=openai lets a server write round 1's solutions",
+            how="recipe rstar_math lets a server search round 1: see bootstrap.* in `rstar config`",
         )
+
+
+def check_bootstrap(section: BootstrapSection) -> None:
+    """Refuse a server of round 1's solutions that could not be asked. Raises UserError."""
+    if section.enabled and section.engine.kind == "openai":
+        from rstar.engines.openai import check_server
+
+        check_server(section.engine, "bootstrap.engine")
 
 
 def travelling(model: ModelSection) -> ModelSection:

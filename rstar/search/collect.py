@@ -62,6 +62,22 @@ class SearchJob:
     recipe: str = "rstar_math"
     adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA adapters by name: their folders
     lora_rank: int = 0  # of adapters that may be loaded; 0: none
+    bootstrap: bool = False  # `policy` is another model than the one that is trained, with a prompt of its own
+
+
+def check_search(section: SearchSection) -> None:
+    """Raise UserError for a method with settings that it cannot be grown with."""
+    takes = {"steps": (section.method,), "text": ("sample", "flow"), "stated": ("sample",)}
+    if section.method not in takes.get(section.form, ()):
+        raise UserError(
+            f"search.form={section.form} with search.method={section.method}",
+            need="steps, text with method sample or flow, or stated with method sample",
+        )
+    if section.method == "dvts" and section.beam_width % section.candidates:
+        raise UserError(
+            f"dvts with search.beam_width={section.beam_width} and candidates={section.candidates}",
+            need="a beam_width that is a multiple of candidates: each subtree of dvts has that many",
+        )
 
 
 @dataclass(frozen=True)
@@ -232,7 +248,8 @@ class SearchWorker:
         growing = [Expander(tree, tools, sampling) for tree in trees if not tree.complete]
         for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
             await together(*(self._grow(expander, item, target) for expander in growing))
-            if one.test_time or any(tree.solved for tree in trees):
+            further = any(expander.tree.rollouts_done > target for expander in growing)  # resumed: it was unsolved here
+            if one.test_time or (any(tree.solved for tree in trees) and not further):
                 break
         for expander in growing:
             expander.tree.complete = True
@@ -260,12 +277,7 @@ class SearchWorker:
 
     async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
         section = self.job.passes[item.pass_index].search
-        takes = {"steps": (section.method,), "text": ("sample", "flow"), "stated": ("sample",)}
-        if section.method not in takes.get(section.form, ()):
-            raise UserError(
-                f"search.form={section.form} with search.method={section.method}",
-                need="steps, text with method sample or flow, or stated with method sample",
-            )
+        check_search(section)
         writer = self._writers[item.pass_index]
 
         def checkpoint(tree: Tree) -> None:
@@ -287,11 +299,6 @@ class SearchWorker:
                 raise UserError(f"search.method={section.method} without a PPM", need="search.use_ppm=true")
             case "beam":
                 await beam_search(expander, section.beam_width)
-            case "dvts" if section.beam_width % section.candidates:
-                raise UserError(
-                    f"search.beam_width={section.beam_width} with search.candidates={section.candidates}",
-                    need="a beam_width that is a multiple of candidates: each subtree of dvts has that many",
-                )
             case "dvts":
                 await dvts(expander, section.beam_width // section.candidates)
             case other:
@@ -308,6 +315,8 @@ class SearchWorker:
             settings |= {"system": one.system}
         if self.adapters:
             settings |= {"adapters": self.adapters}
+        if self.job.bootstrap:
+            settings |= {"bootstrap": True}
         if earlier is not None:
             tree = read_frame(earlier)
             if tree.revision >= one.revision:

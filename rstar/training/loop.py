@@ -147,7 +147,8 @@ def memory_advice(section: TrainSection) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU ran out of memory at micro_batch_tokens={section.micro_batch_tokens}", need="less at once",
-            how="lower micro_batch_tokens, or set gradient_checkpointing=true",
+            how="lower micro_batch_tokens or set gradient_checkpointing=true: sft.KEY, ppm.KEY, ..., or, where earlier"
+            " rounds are done, rounds.rN.sft.KEY",
         ) from error  # fmt: skip
 
 
@@ -332,7 +333,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             f"the loss became {float(total)} at step {self.state.global_step + 1}"
             + (f" on the rows {', '.join(rows[:32])}" if rows else " on another process's rows"),
             need="a finite loss",
-            how="look at these rows, or lower train.learning_rate",
+            how="look at these rows, or lower the learning rate (sft.learning_rate, ppm.learning_rate, ...)",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
