@@ -1,6 +1,7 @@
 # Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH;
 # `ray` is the one on PATH, or that environment's.
 
+launcher="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RSTAR="${RSTAR:-$([ -x .venv/bin/rstar ] && echo .venv/bin/rstar || echo rstar)}"
 PATH="$PATH:$PWD/.venv/bin"
@@ -11,7 +12,7 @@ usage_or_go() { # usage_or_go HOW_MANY "$@": print the launcher's own first comm
     local needed="$1"
     shift
     case "${1:-}" in --help | -h) set -- && needed=0 ;; *) [ $# -ge "$needed" ] && return 0 ;; esac
-    sed -n '2,/^\(#SBATCH\|[^#]\)/{/^# \{0,1\}/!d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"
+    sed -n '2,/^\(#SBATCH\|[^#]\)/{/^# \{0,1\}/!d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$launcher"
     [ "$needed" = 0 ] && exit 0
     exit 2
 }

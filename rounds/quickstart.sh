@@ -6,7 +6,8 @@
 #   --tiny    the same script on a toy model, in a few minutes
 #   --fresh   start over instead of resuming
 set -euo pipefail
-cd "$(dirname "$0")/.."
+here="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
+cd "$(dirname "$here")/.."
 . rounds/environment.sh
 
 config=configs/rstar_math/quickstart.yaml
@@ -15,7 +16,7 @@ for argument in "$@"; do
     case "$argument" in
     --tiny) config=configs/rstar_math/tiny.yaml ;;
     --fresh) arguments+=(--fresh) ;;
-    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$here"; exit 0 ;;
     -*) echo "rstar: unknown option $argument; need --tiny, --fresh or key=value" >&2; exit 2 ;;
     *) arguments+=("$argument") ;;
     esac

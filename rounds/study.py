@@ -37,6 +37,8 @@ SIZES = {
     "gpu": ("study/search_gpu.yaml", "study-gpu"),
 }  # fmt: skip
 """Config and folder of runs."""
+CPU_ONLY = ("6", "hard")
+"""Questions whose configs in study/ are of that size alone."""
 OTHERS = ("outcome_verifier", "flow_dpo", "orca2")
 """The recipes beside rStar-Math, each with a config in study/ and one that is tiny."""
 RIVAL = ("search.method=sample", "extract.sft_by=random", "ppm.epochs=0")
@@ -520,9 +522,10 @@ def main() -> None:
     parser.add_argument("what", nargs="*")
     options = parser.parse_args()
     settings = tuple(word for word in options.what if "=" in word)
-    wanted = [word for word in options.what if "=" not in word] or list(QUESTIONS)
-    if unknown := set(wanted) - set(QUESTIONS):
-        raise UserError(f"question {', '.join(sorted(unknown))}", need=f"of {', '.join(QUESTIONS)}")
+    asked = [name for name in QUESTIONS if options.size != "gpu" or name not in CPU_ONLY]
+    wanted = [word for word in options.what if "=" not in word] or asked
+    if unknown := set(wanted) - set(asked):
+        raise UserError(f"question {', '.join(sorted(unknown))}", need=f"of {', '.join(asked)}")
     config, folder = SIZES[options.size]
     runs = (options.runs or HERE / "runs" / folder).resolve()
     tiny = options.size == "tiny"

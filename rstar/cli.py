@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--ppm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
     evaluation.add_argument("--orm", action="append", default=[], metavar="FOLDER", help="one, or one for each model")
     evaluation.add_argument(
-        "--limit", type=int, default=0, help="only the first N problems of each benchmark, or trees"
+        "--limit", type=int, default=0, help="only the first N problems of each benchmark, or of trees"
     )
     evaluation.add_argument("--config", default="", help="a recipe's YAML file whose model, engine, ... settings hold")
     evaluation.add_argument("--out", default="", help="folder of the results (default runs/eval)")

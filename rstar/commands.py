@@ -153,6 +153,8 @@ def stage(options: argparse.Namespace) -> int:
                 continue
             with ray_session(config.cluster):
                 _run_process(options, options.number, stage.name)
+        if "eval" in options.stages:
+            print(_refresh(run.path))
     finally:
         run.release()
     return 0
@@ -182,6 +184,12 @@ def search(options: argparse.Namespace) -> int:
     return 0
 
 
+_ROUNDS_ONLY = {
+    "eval.methods": "--methods", "eval.samples": "--trajectories", "eval.trajectories": "--trajectories",
+    "eval.problems": "--limit", "eval.search_problems": "--limit",
+}  # fmt: skip
+
+
 def evaluate(options: argparse.Namespace) -> int:
     first, *rest = options.targets
     if first.endswith((".yaml", ".yml")):
@@ -194,6 +202,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
     texts = [*options.targets, *options.overrides]
     settings = [text for text in texts if "=" in text and not Path(text).exists()]
+    for key, flag in _ROUNDS_ONLY.items():
+        if any(text.startswith(f"{key}=") for text in settings):
+            raise UserError(f"{key} is of a round's evaluation", need=f"{flag}, for models that are compared")
     print(evaluate_models([text for text in texts if text not in settings], settings, options))
     return 0
 

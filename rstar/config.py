@@ -117,7 +117,7 @@ class ProblemsSection:
     level: str = "level"
     split: str = "train"
     limit: int = 0  # use the first N after de-duplication; 0: all
-    heldout: int = 64  # problems kept apart for evaluation, never trained on
+    heldout: int = 64  # problems kept apart for evaluation; of families, of those that name no number of their own
     heldout_path: str = ""  # a file of its own for the held-out set
     families: dict[str, dict[str, Any]] = field(
         default_factory=dict

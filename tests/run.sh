@@ -8,7 +8,8 @@
 #   --browser  also install Chromium (by apt-get, where there is none and this is root) and run the tests marked browser
 #   --lint     also run ruff and mypy (strict on rstar/)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+here="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
+cd "$(dirname "$here")/.."
 . rounds/environment.sh
 
 environment=.venv-test extras=test,quickstart vllm=" and not vllm" slow=" and not slow" browser= lint=
@@ -19,7 +20,7 @@ for argument in "$@"; do
     --slow) slow= ;;
     --browser) browser=yes ;;
     --lint) lint=yes ;;
-    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$here"; exit 0 ;;
     *) arguments+=("$argument") ;;
     esac
 done

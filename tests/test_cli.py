@@ -222,6 +222,7 @@ def test_the_command_that_resumes_does_not_begin_afresh(
         (["search", TINY, "--round", "0"], "round 0 has no stage search"),
         (["train", "verifier", TINY, "--round", "1"], "round 1 has no stage verifier"),
         (["train", "ppm", TINY, "--round", "1", "--model", "m"], "--model with"),
+        (["eval", "m", "--benchmarks", "FILE", "eval.samples=4"], "need --trajectories"),
         (["eval", TINY, "--out", "elsewhere"], "--out with"),
         (["eval", TINY, "--trajectories", "4"], "--trajectories with"),
         (["round", "-1", TINY], "round -1; need 0 to run.rounds=2"),

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rstar.cli import run
+from rstar.comparison import ppm_quality
 from rstar.comparison.methods import Line, Records, equal_tokens, lines, rows
 from rstar.comparison.ppm_quality import best_threshold, calibration, first_errors, on_trees
 from rstar.comparison.published import COLUMNS, PUBLISHED
-from rstar.comparison.run import Contender, Questions, Settings, load_questions, measured, read_records, usable
+from rstar.comparison.run import (
+    _UNREAD,
+    Contender,
+    Questions,
+    Settings,
+    _pass,
+    _scored,
+    load_questions,
+    measured,
+    read_records,
+    read_settings,
+    usable,
+)
 from rstar.comparison.write import write_comparison
 from rstar.config import ExtractSection, ModelSection, ProblemsSection, SearchSection
-from rstar.engines.simulated import SimulatedScorer
+from rstar.engines.base import ContextOverflow
+from rstar.engines.simulated import SimulatedScorer, arithmetic_score
 from rstar.evaluation import Candidate, EvalRecord
 from rstar.search.collect import SearchPass
 from rstar.search.mcts import Mcts
 from rstar.store import TreeWriter, index
 from rstar.tree import Tree
-from rstar.types import Problem, UserError
+from rstar.types import Problem, PromptText, UserError
 from tests.fakes import branching, grow
 
 SIMULATED = (
@@ -32,6 +49,7 @@ SIMULATED = (
     "search.beam_width=2", "eval.candidates=2", "eval.rollouts=1",
 )  # fmt: skip
 METHODS = "greedy,sample,maj,bon,beam,dvts,mcts"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def sums(path: Path, count: int) -> Path:
@@ -51,6 +69,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     made = ["eval", "one", "two", "--benchmarks", str(sums(folder / "sums.jsonl", 2)), "--ppm", "P", "--orm", "O"]
     made += ["--methods", METHODS, "--trajectories", "1,2", "--out", str(folder / "out"), *SIMULATED]
     assert run(made) == 0
+    shutil.copy(folder / "out" / "records.jsonl", folder)  # a test that goes on from here writes others
     return made
 
 
@@ -147,6 +166,37 @@ def test_other_examples_in_the_prompt_are_answered_anew(tmp_path: Path, capsys: 
         assert "already done" not in capsys.readouterr().out
 
 
+def test_answers_made_under_other_limits_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = ["eval", "one", "--benchmarks", str(sums(tmp_path / "sums.jsonl", 2)), "--methods", "greedy"]
+    made += ["--out", str(tmp_path / "out"), *SIMULATED]
+    said = []
+    for limit in ("engine.max_context=512", "engine.max_context=2048", "engine.threads=2"):
+        assert run([*made, limit]) == 0
+        said.append("already done" in capsys.readouterr().out)
+    assert said == [False, False, True]  # threads limit nothing
+
+
+@pytest.mark.parametrize("methods", ["greedy,sample", "beam,dvts", "mcts"])
+def test_settings_that_a_method_is_said_not_to_read_change_no_answer_of_it(
+    methods: str, command: list[str], tmp_path: Path
+) -> None:
+    ways = methods.split(",")
+    unread = set.intersection(*(set(_UNREAD[way]) for way in ways)) - {"seeds", "rollouts", "candidates"}
+    made = [*command, *(f"search.{key}={OTHER[key]}" for key in sorted(unread))]
+    made += [] if ways == ["mcts"] else ["eval.rollouts=3"]
+    made += ["eval.candidates=3"] if "greedy" in ways else []
+    made[1:3] = ["one"]
+    made[made.index("--methods") + 1], made[made.index("--out") + 1] = methods, str(tmp_path / "out")
+    assert run(made) == 0
+
+    def answers(folder: Path) -> list[dict[str, Any]]:
+        records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+        mine = [r for r in records if r["model"] == "one" and r["answers"].split()[0] in ways]
+        return [{key: value for key, value in r.items() if key != "seconds"} for r in mine]
+
+    assert answers(tmp_path / "out") == answers(out_of(command).parent) != []
+
+
 def test_plot_and_markdown_are_whole(command: list[str]) -> None:
     svg = ElementTree.parse(out_of(command) / "accuracy_vs_tokens.svg").getroot()
     assert svg.tag.endswith("svg") and len(list(svg.iter("{http://www.w3.org/2000/svg}polyline"))) >= 2
@@ -215,6 +265,80 @@ def test_methods_without_their_verifier_are_left_out_unless_they_were_asked_for(
     assert usable(["greedy", "bon", "mcts"], [judged], asked=False) == ["greedy", "bon"]
     with pytest.raises(UserError, match="--ppm"):
         usable(["bon"], [bare, judged], asked=True)
+
+
+# -- which settings start a folder of their own ------------------------------------------------------------------------
+
+OTHER = {
+    "method": "beam", "rollouts": "3", "escalate": "[2]", "second_pass": "4", "candidates": "3",
+    "answer_candidates": "1", "temperature": "0.5", "top_p": "0.5", "max_depth": "5", "max_step_tokens": "99",
+    "form": "text", "calculator": "true", "chain_temperature": "0.5", "deviations": "false", "c": "0.3",
+    "selection": "puct", "unvisited_first": "false", "back_up_dead_ends": "false", "back_up_max_depth": "false",
+    "drop_failed_steps": "false", "first_answer_only": "true", "use_ppm": "true", "ppm": "elsewhere",
+    "beam_width": "4", "ppm_prior_visits": "0", "rollouts_in_flight": "3", "trees_in_flight": "3", "seeds": "[5]",
+    "checkpoint_rollouts": "1",
+}  # fmt: skip
+"""A value for every key of the search section that is not its default."""
+SAMPLING = {"top_p", "max_depth", "max_step_tokens", "form", "calculator", "drop_failed_steps"}
+EXPANSION = SAMPLING | {"answer_candidates", "first_answer_only"}
+WAYS = ("greedy", "sample", "beam", "dvts", "mcts")
+
+
+def folders(*overrides: str, engine: str = "hf") -> dict[str, str]:
+    """The folder of each way of making answers, and of the samples' scores, under these settings."""
+    settings = read_settings("m", "", [f"engine.kind={engine}", *overrides])
+    one, q = Contender("m", "m", ppm="p"), Questions("q", (), "", "")
+    made = {way: _pass(one, q, way, settings.eval, settings, Path("out")) for way in WAYS}
+    made["scores"] = _scored(made["sample"], "p", settings.engine)
+    return {way: found.folder.name for way, found in made.items()}
+
+
+def anew(*overrides: str, engine: str = "hf") -> set[str]:
+    """What is made again under these settings."""
+    usual, found = folders(engine=engine), folders(*overrides, engine=engine)
+    return {way for way in usual if found[way] != usual[way]}
+
+
+def test_a_search_setting_starts_new_folders_for_the_methods_that_read_it_alone() -> None:
+    assert set(OTHER) == {f.name for f in fields(SearchSection)}
+    by_key = {key: anew(f"search.{key}={value}") - {"scores"} for key, value in OTHER.items()}
+    read = {way: {key for key, found in by_key.items() if way in found} for way in WAYS}
+    assert read == {
+        "greedy": SAMPLING - {"top_p"},
+        "sample": SAMPLING,
+        "beam": EXPANSION | {"beam_width"},
+        "dvts": EXPANSION | {"beam_width"},
+        "mcts": EXPANSION
+        | {"c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits"}
+        | {"back_up_dead_ends", "back_up_max_depth"},
+    }
+    assert anew("eval.rollouts=3") == {"mcts"} and anew("eval.candidates=3") == {"beam", "dvts", "mcts"}
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["engine.max_context=512", "engine.dtype=bfloat16", "sandbox.cpu_seconds=1", "sandbox.wall_seconds=9",
+     "sandbox.memory_mib=99", "sandbox.output_kib=1"],
+)  # fmt: skip
+def test_a_limit_on_answers_starts_new_folders_for_all(limit: str) -> None:
+    assert anew(limit) == {*WAYS, "scores"}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["engine.threads=2", "engine.cache_mib=64", "engine.max_batch=2", "engine.device=cpu", "engine.scorer_device=cpu",
+     "engine.gpu_memory=0.2", "engine.concurrency=2", "engine.timeout=9", "engine.retries=1",
+     "engine.score_batch_tokens=512", "sandbox.processes=2", "cluster.workers=2"],
+)  # fmt: skip
+def test_how_answers_are_made_starts_no_new_folder(setting: str) -> None:
+    assert anew(setting) == set()
+
+
+def test_a_server_has_an_address_and_limits_of_its_own() -> None:
+    """What it wrote is paid for: the verifier's limits ask for new searches and scores, not for new samples."""
+    assert anew("engine.url=http://b/v1", engine="openai") == {*WAYS, "scores"}
+    assert anew("engine.max_context=512", engine="openai") == {"beam", "dvts", "mcts", "scores"}
+    assert anew("engine.url=http://b/v1") == set()  # nobody else reads it
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -296,7 +420,7 @@ async def graded(score: Any) -> dict[str, Any]:
     expander = grow(branching(2, lambda made: made[0] == 0), candidates=2)
     await Mcts(expander).search(12)
     section = ExtractSection(min_margin=0.0, min_edit_distance=0)
-    return await on_trees([expander.tree], SimulatedScorer(score), section)
+    return await on_trees([[expander.tree]], SimulatedScorer(score), section)
 
 
 async def test_pair_accuracy_of_a_perfect_a_blind_and_a_perverse_ppm() -> None:
@@ -313,7 +437,71 @@ async def test_trees_without_grades_are_refused() -> None:
     expander = grow(branching(1, lambda made: True), test_time=True, score=lambda text: 0.5)
     await Mcts(expander).search(2)
     with pytest.raises(UserError, match="no graded answers"):
-        await on_trees([expander.tree], SimulatedScorer(lambda text: 0.0), ExtractSection())
+        await on_trees([[expander.tree]], SimulatedScorer(lambda text: 0.0), ExtractSection())
+
+
+class ShortContext(SimulatedScorer):
+    """Takes no more than 600 characters."""
+
+    async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
+        if (longest := max(len(prompt.text + "".join(texts)) for texts in completions)) > 600:
+            raise ContextOverflow.of(longest, 600)
+        return await super().score(prompt, completions)
+
+
+async def test_paths_too_long_for_the_ppm_are_left_out_of_its_figures_and_counted() -> None:
+    made = branching(2, lambda made: made == [0, 0])
+    long = "# Step 1: " + "long " * 200
+    expander = grow(lambda *one: made(*one).replace("# Step 1: s\nx1 = 1", f"{long}\nx1 = 1"))
+    await Mcts(expander).search(12)
+    section = ExtractSection(min_margin=0.0, min_edit_distance=0)
+    whole, short = [
+        await on_trees([[expander.tree]], scorer(lambda text: 0.9 if long not in text else -0.9), section)
+        for scorer in (SimulatedScorer, ShortContext)
+    ]
+    assert set(whole["too_long"].values()) == {0} and all(short["too_long"].values())
+    assert 1 <= short["pairs"]["all"] == whole["pairs"]["all"] - short["too_long"]["pairs"]
+    assert short["pair_accuracy"]["all"]["mean"] == 0.5 < whole["pair_accuracy"]["all"]["mean"]
+    for kind in ("steps", "answers"):
+        whole_bins, short_bins = ([b["count"] for b in one["calibration"][kind]["bins"]] for one in (whole, short))
+        assert whole_bins == [short["too_long"][kind], *short_bins]  # what scored -0.9 is what is left out
+
+
+async def test_a_ppm_that_takes_no_path_at_all_has_counts_and_no_figures() -> None:
+    expander = grow(branching(1, lambda made: made[0] == 0))
+    expander.tree.prompt = ("Q: " + "long " * 200, *expander.tree.prompt[1:])
+    await Mcts(expander).search(4)
+    found = await on_trees([[expander.tree]], ShortContext(lambda text: 0.0), ExtractSection())
+    assert found["too_long"]["answers"] >= 2 and found["calibration"] == found["pair_accuracy"] == {}
+
+
+def test_pairs_are_those_that_the_run_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each seed alone has one outcome; merged by prefix, as the recipe reads them, the two give a pair."""
+    made = branching(1, lambda made: made == [0])
+    with TreeWriter(tmp_path / "trees-w0.jsonl.zst") as writer:
+        for seed in (0, 1):
+            expander = grow(lambda prompt, seed, index: made(prompt, seed, seed), candidates=1, seed=seed)
+            asyncio.run(Mcts(expander).search(1))
+            expander.tree.complete = True
+            writer.append(expander.tree)
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: {base: m}\nextract: {min_margin: 0.0, min_edit_distance: 1, answer_pairs: false}\n")
+    command = ["eval", "P", "--ppm-quality", str(tmp_path), "--config", str(config), "--out", str(tmp_path / "out")]
+    pairs = {}
+    for setting in ("extract.answer_pairs=false", "extract.merge_seeds=false", "extract.min_edit_distance=20"):
+        assert run([*command, *SIMULATED, setting]) == 0
+        found = json.loads((tmp_path / "out" / "ppm_quality.json").read_text())
+        key, _, value = setting.removeprefix("extract.").partition("=")
+        assert json.dumps(found["extract"][key]) == value
+        pairs[key] = found["pairs"]
+    assert pairs["answer_pairs"] == {"step": 1, "answer": 0, "all": 1}
+    assert pairs["merge_seeds"]["all"] == pairs["min_edit_distance"]["all"] == 0
+    assert "pairs ranked right, step" in capsys.readouterr().out
+
+
+def test_a_recipe_without_an_extract_section_leaves_the_usual_pairs() -> None:
+    assert read_settings("m", str(CONFIGS / "flow_dpo/tiny.yaml"), []).extract == ExtractSection()
+    assert read_settings("m", str(CONFIGS / "rstar_math/tiny.yaml"), []).extract.min_edit_distance == 1
 
 
 def test_calibration_error_is_zero_where_scores_are_frequencies() -> None:
@@ -348,6 +536,25 @@ def test_step_labelled_file_by_the_command(tmp_path: Path, capsys: pytest.Captur
     assert run([*made, "--limit", "1"]) == 0 and "of 0 wrong" in capsys.readouterr().out
     file.write_text(json.dumps(solutions[0] | {"label": 3}) + "\n")
     assert run(made) == 2 and f"{file}:1" in capsys.readouterr().err
+
+
+def test_a_solution_too_long_for_the_ppm_is_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ["total = + 12", "total = total + 8", "print(total)\n<end_of_code>"]
+    solutions = [
+        {"problem": "12 + 7 =", "steps": [steps[0], f"# {'long ' * 200}\n{steps[1]}", steps[2]], "label": 1},
+        {"problem": "12 + 7 =", "steps": steps, "label": 1},
+    ]
+    file = tmp_path / "steps.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in solutions))
+    monkeypatch.setattr(ppm_quality, "build_scorer", lambda section, folder: ShortContext(arithmetic_score))
+    assert run(["eval", "P", "--ppm-quality", str(file), "--out", str(tmp_path / "out"), *SIMULATED]) == 0
+    said = capsys.readouterr().out
+    assert "left out: 1 of the solutions" in said and "100.0% of 1 wrong" in said
+    found = json.loads((tmp_path / "out" / "ppm_quality.json").read_text())
+    assert found["too_long"] == {"solutions": 1} and found["solutions"] == 2
+    assert found["scores"][0] is None and len(found["scores"][1]) == 3
 
 
 def test_a_line_uses_the_smallest_set_of_searches_that_is_enough() -> None:

@@ -18,6 +18,7 @@ import pytest
 from rstar import rounds
 from rstar.recipes import load_config
 from rstar.recipes.base_model import base_checkpoint
+from rstar.recipes.rows import own_prompt
 from rstar.recipes.rstar_math import check, ppm_rows, stages
 from rstar.report.unsolved import unsolved, unsolved_text
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
@@ -279,6 +280,8 @@ def test_bootstrap_policy_searches_round_1_only_and_leaves_its_prompt_behind(tmp
     assert all(tree.prompt[0].count("Boot: ") == 3 and tree.policy == "" for tree in trees)
     for row in [*read_rows(here.sft, SftRow), *read_rows(here.pairs, PreferenceRow)]:
         assert row.prompt.startswith(f"{SUMS[int(row.problem_id[1])]}\n<code>\n") and "Boot" not in row.prompt
+    with pytest.raises(UserError, match=r"was written by bootstrap\.model.*sft\.jsonl, pairs\.jsonl"):
+        own_prompt(trees)
     settings = {one.name: one.settings for one in stages(config, 2)}
     assert settings["search"]["engine"]["kind"] == "openai"
     assert settings["search"]["model"]["template"] == "{question}\n"

@@ -3,12 +3,15 @@
 On graded trees that it was not trained on: the share of preference pairs it ranks right, and calibration, its scores
 against how often what it scored came out right. On step-labelled solutions (the form of ProcessBench, arXiv
 2412.06559): where it sees the first error.
+
+The pairs are those that a PPM is trained on: taken by the same function, as `extract` says. What is longer than the
+PPM's context is left out and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -16,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from rstar.comparison.run import Settings
-from rstar.config import ExtractSection
-from rstar.engines.base import Scorer
+from rstar.config import ExtractSection, to_dict
+from rstar.engines.base import ContextOverflow, Scorer
 from rstar.engines.build import build_scorer
 from rstar.evaluation import Measure, bootstrap
-from rstar.extract.preferences import outcome_counts, preference_rows
+from rstar.extract.preferences import outcome_counts
 from rstar.problems.records import read_records
 from rstar.prompts import DELIMITERS, END_OF_STEP, render, step_prompt
 from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.measuring import problem_trees
+from rstar.recipes.rows import own_prompt, scorer_rows
 from rstar.report.results import measure
-from rstar.store import index, read_trees, write_json
+from rstar.search.expand import scores
+from rstar.store import index, write_json
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
 from rstar.types import PreferenceRow, PromptText, TerminalReason, UserError
@@ -101,26 +107,35 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
 # -- trees -------------------------------------------------------------------------------------------------------------
 
 
-async def on_trees(trees: Iterable[Tree], scorer: Scorer, section: ExtractSection) -> dict[str, Any]:
-    """Pair accuracy (mean over pairs, intervals over problems; a tie is half right) and calibration."""
+async def on_trees(problems: Iterable[Sequence[Tree]], scorer: Scorer, section: ExtractSection) -> dict[str, Any]:
+    """Pair accuracy (mean over pairs, intervals over problems; a tie is half right) and calibration.
+
+    `problems`: the trees of each problem, all seeds together.
+    """
     right: dict[str, dict[str, list[float]]] = {"step": {}, "answer": {}, "all": {}}
     nodes: dict[str, list[tuple[float, float]]] = {"steps": [], "answers": []}
-    for tree in trees:
-        pairs = preference_rows(
-            tree, positives=section.positives, negatives=section.negatives, min_margin=section.min_margin,
-            min_edit_distance=section.min_edit_distance, answer_pairs=section.answer_pairs,
-        )  # fmt: skip
+    too_long, graded = Counter({"pairs": 0, "steps": 0, "answers": 0}), False
+    for trees in problems:
+        pairs: list[PreferenceRow] = scorer_rows(trees, section, "pairwise")
         for pair, (chosen, rejected) in zip(pairs, await _pair_scores(pairs, scorer), strict=True):
+            if isinstance(chosen, ContextOverflow) or isinstance(rejected, ContextOverflow):
+                too_long["pairs"] += 1
+                continue
             for kind in (pair.kind, "all"):
                 right[kind].setdefault(pair.problem_id, []).append((chosen > rejected) + 0.5 * (chosen == rejected))
-        counts = outcome_counts(tree)
-        judged = [node for node in tree.nodes[1:] if sum(counts[node.id])]
-        paths = [[text for text, _ in render([(n.text, n.stdout) for n in tree.path(node)])] for node in judged]
-        scores = await scorer.score(PromptText(tree.prompt), paths) if paths else []
-        for node, score in zip(judged, scores, strict=True):
-            kind = "answers" if node.terminal is TerminalReason.ANSWER else "steps"
-            nodes[kind].append((score, counts[node.id][0] / sum(counts[node.id])))
-    if not nodes["answers"]:
+        for tree in trees:
+            counts = outcome_counts(tree)
+            judged = [node for node in tree.nodes[1:] if sum(counts[node.id])]
+            graded = graded or bool(judged)
+            paths = [[text for text, _ in render([(n.text, n.stdout) for n in tree.path(node)])] for node in judged]
+            values = await scores(scorer, PromptText(tree.prompt), paths) if paths else []
+            for node, value in zip(judged, values, strict=True):
+                kind = "answers" if node.terminal is TerminalReason.ANSWER else "steps"
+                if isinstance(value, ContextOverflow):
+                    too_long[kind] += 1
+                else:
+                    nodes[kind].append((value, counts[node.id][0] / sum(counts[node.id])))
+    if not graded:
         raise UserError(
             "the trees hold no graded answers", need="trees of `rstar search`", how="searches at test time do not grade"
         )
@@ -132,17 +147,20 @@ async def on_trees(trees: Iterable[Tree], scorer: Scorer, section: ExtractSectio
     return {
         "pair_accuracy": {kind: asdict(value) for kind, value in accuracy.items()},
         "pairs": {kind: sum(map(len, found.values())) for kind, found in right.items()},
-        "calibration": {kind: asdict(calibration(found)) for kind, found in nodes.items()},
+        "calibration": {kind: asdict(calibration(found)) for kind, found in nodes.items() if found},
+        "too_long": dict(too_long),
     }
 
 
-async def _pair_scores(pairs: Sequence[PreferenceRow], scorer: Scorer) -> list[tuple[float, float]]:
+async def _pair_scores(
+    pairs: Sequence[PreferenceRow], scorer: Scorer
+) -> list[tuple[float | ContextOverflow, float | ContextOverflow]]:
     """(chosen, rejected) of each pair; pairs of one prefix are scored together, each continuation once."""
-    wanted: dict[tuple[str, ...], dict[tuple[str, ...], float]] = defaultdict(dict)
+    wanted: dict[tuple[str, ...], dict[tuple[str, ...], float | ContextOverflow]] = defaultdict(dict)
     for pair in pairs:
         wanted[pair.prompt_segments] |= {pair.chosen_segments: 0.0, pair.rejected_segments: 0.0}
     for prompt, found in wanted.items():
-        found.update(zip(list(found), await scorer.score(PromptText(prompt), list(found)), strict=True))
+        found.update(zip(list(found), await scores(scorer, PromptText(prompt), list(found)), strict=True))
     return [
         (wanted[p.prompt_segments][p.chosen_segments], wanted[p.prompt_segments][p.rejected_segments]) for p in pairs
     ]
@@ -178,20 +196,28 @@ def read_labelled(path: Path) -> list[Labelled]:
 
 
 async def on_labelled(solutions: Sequence[Labelled], scorer: Scorer, wrap: Callable[[str], str]) -> dict[str, Any]:
-    """First-error localisation: every prefix of every solution is scored at its last step."""
-    scores = []
+    """First-error localisation: every prefix of every solution is scored at its last step.
+
+    A solution that is too long is left out whole: an error among its steps without a score could not be named. It has
+    no entry (None) in the list of scores.
+    """
+    found: list[list[float] | None] = []
     for one in solutions:
         steps = [s if s.endswith(DELIMITERS) else f"{s.rstrip()}\n{END_OF_STEP}" for s in one.steps]
         ends = [
             [text for text, _ in render(list(zip(steps, one.outputs, strict=True))[: i + 1])] for i in range(len(steps))
         ]
-        scores.append(await scorer.score(step_prompt(wrap(one.question)), ends))
-    labels = [one.label for one in solutions]
+        values = await scores(scorer, step_prompt(wrap(one.question)), ends)
+        fitting = [value for value in values if not isinstance(value, ContextOverflow)]
+        found.append(fitting if len(fitting) == len(values) else None)
+    measured = [values for values in found if values is not None]
+    labels = [one.label for one, values in zip(solutions, found, strict=True) if values is not None]
     return {
         "solutions": len(solutions),
-        "first_errors": asdict(first_errors(scores, labels, THRESHOLD)),
-        "first_errors_best_threshold": asdict(best_threshold(scores, labels)),
-        "scores": scores,
+        "first_errors": asdict(first_errors(measured, labels, THRESHOLD)),
+        "first_errors_best_threshold": asdict(best_threshold(measured, labels)),
+        "too_long": {"solutions": len(found) - len(measured)},
+        "scores": found,
     }
 
 
@@ -199,7 +225,9 @@ async def on_labelled(solutions: Sequence[Labelled], scorer: Scorer, wrap: Calla
 
 
 def ppm_quality(ppm: str, path: Path, settings: Settings, out: Path, *, limit: int = 0) -> str:
-    """Measure the PPM at `ppm` on a folder of graded trees or a file of step-labelled solutions (the first `limit`).
+    """Measure the PPM at `ppm` on a folder of graded trees or a file of step-labelled solutions.
+
+    `limit`: only the trees of the first so many problems, or the first so many solutions; 0: all.
 
     Writes `out`/ppm_quality.json and returns the figures as text.
     """
@@ -215,7 +243,10 @@ def ppm_quality(ppm: str, path: Path, settings: Settings, out: Path, *, limit: i
         scorer = build_scorer(settings.engine, folder)
         try:
             if trees:
-                return await on_trees(islice(read_trees(path), limit or None), scorer, ExtractSection())
+                figures = await on_trees(
+                    map(own_prompt, islice(problem_trees(path), limit or None)), scorer, settings.extract
+                )
+                return figures | {"extract": to_dict(settings.extract)}
             return await on_labelled(solutions, scorer, question_wrapper(folder, settings.model))
         finally:
             await scorer.close()
@@ -226,6 +257,8 @@ def ppm_quality(ppm: str, path: Path, settings: Settings, out: Path, *, limit: i
 
 
 def _said(figures: Mapping[str, Any]) -> Iterator[str]:
+    if left_out := [f"{count} of the {kind}" for kind, count in figures["too_long"].items() if count]:
+        yield f"too long for the PPM or engine.max_context, and left out: {', '.join(left_out)}"
     for kind, value in figures.get("pair_accuracy", {}).items():
         yield f"pairs ranked right, {kind}: {measure(Measure(**value))}% of {figures['pairs'][kind]}"
     for kind, value in figures.get("calibration", {}).items():

@@ -2,7 +2,7 @@
 
 Answers are trees, made by the same search workers as everywhere and kept in a folder per model, benchmark and method
 that is named after the settings that made it. So the same command resumes per problem, more problems or searches add to
-what is there, and other settings start folders of their own.
+what is there, and other settings start folders of their own where they could change an answer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rstar.config import (
     ClusterSection,
     EngineSection,
     EvalSection,
+    ExtractSection,
     ModelSection,
     ProblemsSection,
     SandboxSection,
@@ -56,6 +57,7 @@ class Settings:
     problems: ProblemsSection = field(default_factory=ProblemsSection)  # question, answer: the fields of local files
     search: SearchSection = field(default_factory=SearchSection)
     eval: EvalSection = field(default_factory=EvalSection)
+    extract: ExtractSection = field(default_factory=ExtractSection)  # which pairs a PPM is measured on by itself
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,11 @@ def read_settings(model: str, config: str, overrides: Sequence[str]) -> Settings
     """Settings from defaults, or from a recipe's config file, with overrides on top."""
     if not config:
         return load(Settings, None, [f"model.base={model}", *overrides])
-    whole = load_config(config, list(overrides))[1]
+    whole, usual = load_config(config, list(overrides))[1], Settings()
     found: dict[str, Any] = {f.name: getattr(whole, f.name, None) for f in fields(Settings)}
-    if not isinstance(found["eval"], EvalSection):  # other recipes measure in another way
-        found["eval"] = EvalSection()
+    for name, section in found.items():
+        if not isinstance(section, type(getattr(usual, name))):  # other recipes extract and measure in another way
+            found[name] = getattr(usual, name)
     return Settings(**found)
 
 
@@ -193,6 +196,25 @@ def usable(methods: Sequence[str], some: Sequence[Contender], *, asked: bool) ->
 
 # -- making the answers ------------------------------------------------------------------------------------------------
 
+# Keys of the search section that cannot change an answer. A key that is not listed for a method counts as read by it.
+_NEVER_READ = (  # the seeds are counted off, and the others are how a search is run, or of data generation alone
+    "seeds", "trees_in_flight", "checkpoint_rollouts", "escalate", "second_pass", "ppm", "chain_temperature",
+    "deviations",
+)  # fmt: skip
+_WALKED = (  # by MCTS alone, which goes by visits and their returns
+    "c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits", "back_up_dead_ends",
+    "back_up_max_depth",
+)  # fmt: skip
+_EXPANDED = ("candidates", "answer_candidates", "beam_width", "first_answer_only")  # by searches, and by no sampling
+_UNREAD = {
+    "greedy": (*_NEVER_READ, *_WALKED, *_EXPANDED, "top_p"),
+    "sample": (*_NEVER_READ, *_WALKED, *_EXPANDED),
+    "beam": (*_NEVER_READ, *_WALKED, "rollouts"),
+    "dvts": (*_NEVER_READ, *_WALKED, "rollouts"),
+    "mcts": (*_NEVER_READ, "beam_width"),
+}
+_LIMITS = ("cpu_seconds", "wall_seconds", "memory_mib", "output_kib")  # of the sandbox, for one step
+
 
 def compare(
     some: Sequence[Contender],
@@ -218,7 +240,9 @@ def compare(
             ppm = contender.ppm if any(one.search.use_ppm for one in made.values()) else ""
             _search(contender, "answers", searched, settings, ppm)
             for who, verifier in contender.verifiers.items() if "sample" in ways else ():
-                scored = {(f"sample {who}", q.name): _scored(made["sample", q.name], verifier) for q in sets}
+                scored = {
+                    (f"sample {who}", q.name): _scored(made["sample", q.name], verifier, settings.engine) for q in sets
+                }
                 again = [(q, scored[f"sample {who}", q.name]) for q in sets]
                 _search(contender, f"scores by {who}", again, settings, verifier)
                 made |= scored
@@ -235,11 +259,14 @@ def compare(
 def _pass(
     contender: Contender, q: Questions, way: str, section: EvalSection, settings: Settings, out: Path
 ) -> SearchPass:
-    search = eval_search(way, section, settings.search, with_scorer=False)
+    search, engine = eval_search(way, section, settings.search, with_scorer=False), settings.engine
+    served = engine.kind == "openai"  # by a server that has limits of its own; a verifier beside it is loaded here
     made_by = {
-        "search": _chosen(replace(search, seeds=[0], trees_in_flight=32)),
+        "search": {key: value for key, value in _chosen(search).items() if key not in _UNREAD[way]},
         "model": _chosen(replace(settings.model, base="")),
-        "engine": (settings.engine.kind, settings.engine.model),
+        "engine": (engine.kind, engine.model, engine.url if served else ""),
+        "loaded": _loaded(engine) if search.use_ppm or not served else {},
+        "sandbox": {key: getattr(settings.sandbox, key) for key in _LIMITS},
         "policy": fingerprint(contender.policy),
         "scorer": fingerprint(contender.ppm) if search.use_ppm else "",
         "problems": q.identity,
@@ -259,9 +286,15 @@ def _chosen(section: SearchSection | ModelSection) -> dict[str, Any]:
     return {key: value for key, value in to_dict(section).items() if value != usual[key]}
 
 
-def _scored(samples: SearchPass, verifier: str) -> SearchPass:
+def _loaded(engine: EngineSection) -> dict[str, Any]:
+    """What of the engine's settings can change what a model that it loads writes or scores."""
+    return {"max_context": engine.max_context, "dtype": engine.dtype}
+
+
+def _scored(samples: SearchPass, verifier: str, engine: EngineSection) -> SearchPass:
     """The same samples with the scores of a verifier, in a folder of their own."""
-    folder = samples.folder.with_name(f"{samples.folder.name}-{digest(fingerprint(verifier))}")
+    scored_by = {"scorer": fingerprint(verifier), "loaded": _loaded(engine)}
+    folder = samples.folder.with_name(f"{samples.folder.name}-{digest(scored_by)}")
     return SearchPass(folder, replace(samples.search, use_ppm=True), test_time=True, trees=samples.folder)
 
 

@@ -8,14 +8,16 @@ from other trees: their records are dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rstar.config import SearchSection, for_round
 from rstar.recipes import load_config
+from rstar.recipes.rows import own_prompt
 from rstar.rounds import Stage, override, same_settings
-from rstar.store import index
+from rstar.store import index, read_trees
 from rstar.types import UserError
 
 
@@ -75,6 +77,8 @@ def take_up(module: ModuleType, config: Any, source: tuple[str, list[str]], numb
     before = _search(module, config, number)
     after = _search(module, load_config(path, [*given, *added])[1], number)
     here, wanted = after.round, {"settings": after.settings, "inputs": after.inputs()}
+    if change.ppm:
+        own_prompt(list(islice(read_trees(here.trees), 1)))  # a PPM reads the prompt that it was trained on
     for later in (folder for folder in here.root.glob("round_*") if folder.name >= here.path.name):
         if change.ppm and Path(change.ppm).resolve().is_relative_to(later.resolve()):
             raise UserError(

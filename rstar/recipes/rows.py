@@ -12,7 +12,22 @@ from rstar.extract.q_values import q_rows
 from rstar.extract.sft import sft_rows
 from rstar.search.tree_operations import merge
 from rstar.tree import Tree
-from rstar.types import SftRow
+from rstar.types import SftRow, UserError
+
+
+def own_prompt(trees: Sequence[Tree]) -> Sequence[Tree]:
+    """The trees, if their prompt is the one of the model that is trained (D16).
+
+    Raises UserError for those that a bootstrap model has written: only its round's extract stage exchanges the prompt.
+    """
+    for tree in trees:
+        if tree.settings.get("bootstrap"):
+            raise UserError(
+                f"tree {tree.tree_id} was written by bootstrap.model, with a prompt of its own",
+                need="the prompt of the model that is trained",
+                how="take the rows of that round: sft.jsonl, pairs.jsonl",
+            )
+    return trees
 
 
 def policy_rows(trees: Sequence[Tree], section: ExtractSection) -> list[SftRow]:

@@ -10,7 +10,7 @@ from rstar.config import ExtractSection, ModelSection, PpmSection, TrainSection,
 from rstar.recipes import load_config, rstar_math
 from rstar.recipes.base_model import base_model
 from rstar.recipes.measuring import problem_trees
-from rstar.recipes.rows import policy_rows, scorer_rows
+from rstar.recipes.rows import own_prompt, policy_rows, scorer_rows
 from rstar.report.progress import TrainingProgress
 from rstar.types import SftRow, UserError
 
@@ -45,7 +45,7 @@ def train_from_files(options: Namespace) -> str:
         extract: ExtractSection = config.extract
         rows: list[Any] = [
             row
-            for trees in problem_trees(source)
+            for trees in map(own_prompt, problem_trees(source))
             for row in (scorer_rows(trees, extract, loss) if loss else policy_rows(trees, extract))
         ]
     elif source.is_file():
