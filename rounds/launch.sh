@@ -1,7 +1,7 @@
 # Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH;
 # `ray` is the one on PATH, or that environment's.
 
-launcher="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
+case "$0" in /*) launcher="$0" ;; *) launcher="$PWD/$0" ;; esac  # no cd: a batch system's copy may lie where we may not enter
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RSTAR="${RSTAR:-$([ -x .venv/bin/rstar ] && echo .venv/bin/rstar || echo rstar)}"
 PATH="$PATH:$PWD/.venv/bin"
