@@ -43,6 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    if getattr(options, "unsafe_local_exec", False):
+        options.overrides = [*options.overrides, "sandbox.unsafe_local_exec=true"]
     again = [word for word in arguments if word not in ("--fresh", "--repair")]  # which are for the first start only
     options.command = shlex.join(["rstar", *again])
     if options.print_completion:
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--round", type=int, default=1, dest="number", help="round number (default 1)")
         sub.set_defaults(stages=(name,))
         if name == "search":
+            searching = sub
             sub.add_argument("--continue", type=int, default=0, dest="rollouts", metavar="ROLLOUTS",
                              help="grow the finished trees to so many rollouts")  # fmt: skip
             sub.add_argument("--unsolved", action="store_true", help="only those of problems without a correct answer")
@@ -172,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the PPM given as MODEL by itself, on graded trees or on step-labelled solutions",
     )  # fmt: skip
     evaluation.set_defaults(overrides=[])
+    for sub in (evolve, one, searching, evaluation):
+        sub.add_argument("--unsafe-local-exec", action="store_true",
+                         help="where a host has no locks, run steps without: says what is lost")  # fmt: skip
     train = command(
         "train", commands.train,
         "train a round's policy, PPM or verifier (CONFIG.yaml --round N), or a policy or PPM from files",

@@ -216,6 +216,21 @@ def test_the_command_that_resumes_does_not_begin_afresh(
     assert "the same command resumes: rstar evolve c.yaml run.seed=1\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["evolve", TINY], ["round", "1", TINY], ["search", TINY], ["eval", TINY]])
+def test_consent_to_run_without_locks_is_a_flag_or_a_setting(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def note(options: argparse.Namespace) -> int:
+        given.append(load_config(TINY, options.overrides)[1].sandbox.unsafe_local_exec)
+        return 0
+
+    for name in ("evolve", "one_round", "search", "evaluate"):
+        monkeypatch.setattr(cli.commands, name, note)
+    assert cli.run(words) == 0 and cli.run([*words, "--unsafe-local-exec"]) == 0
+    assert cli.run([*words, "search.c=1", "--unsafe-local-exec"]) == 0
+    assert given == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

@@ -65,7 +65,7 @@ def level_of(host: Host, *, allow_unsafe: bool) -> str:
     raise UserError(
         f"no {missing} on this host ({host.problem or platform.platform()})",
         need="Linux 5.13 or later with Landlock enabled (lsm=landlock,...) and libseccomp 2.5.2 or later",
-        how=f"use such a kernel, or (on Linux) set sandbox.unsafe_local_exec=true: then {LOST}",
+        how=f"use such a kernel, or (on Linux) --unsafe-local-exec (sandbox.unsafe_local_exec=true): then {LOST}",
     )
 
 
