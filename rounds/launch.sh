@@ -1,10 +1,9 @@
 # Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH;
 # `ray` is the one on PATH, or that environment's.
 
-case "$0" in /*) launcher="$0" ;; *) launcher="$PWD/$0" ;; esac  # no cd: a batch system's copy may lie where we may not enter
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-RSTAR="${RSTAR:-$([ -x .venv/bin/rstar ] && echo .venv/bin/rstar || echo rstar)}"
-PATH="$PATH:$PWD/.venv/bin"
+checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" # we stay where we are: the user's paths are relative to it
+RSTAR="${RSTAR:-$([ -x "$checkout/.venv/bin/rstar" ] && echo "$checkout/.venv/bin/rstar" || echo rstar)}"
+PATH="$PATH:$checkout/.venv/bin"
 # A Ray head asks for a token where its user has one, and who joins must say that he has it.
 [ -n "${RAY_AUTH_MODE:-}" ] || [ ! -f ~/.ray/auth_token ] || export RAY_AUTH_MODE=token
 
@@ -12,7 +11,7 @@ usage_or_go() { # usage_or_go HOW_MANY "$@": print the launcher's own first comm
     local needed="$1"
     shift
     case "${1:-}" in --help | -h) set -- && needed=0 ;; *) [ $# -ge "$needed" ] && return 0 ;; esac
-    sed -n '2,/^\(#SBATCH\|[^#]\)/{/^# \{0,1\}/!d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$launcher"
+    sed -n '2,/^\(#SBATCH\|[^#]\)/{/^# \{0,1\}/!d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"
     [ "$needed" = 0 ] && exit 0
     exit 2
 }

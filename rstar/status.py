@@ -34,7 +34,7 @@ class Status:
     """A run as it is at this moment."""
 
     run: str
-    state: str  # running; held (by another machine, where we cannot look); idle; finished
+    state: str  # running; held (by another machine, where we cannot look); idle; finished: all that `command` was to do
     holder: str  # host, pid and begin of the driver that holds the lock; empty: none
     stages: tuple[StageStatus, ...]
     progress: dict[str, Any] | None  # the latest state of the stage that is "begun" (report/progress.py)
@@ -86,8 +86,8 @@ def status_text(found: Status) -> str:
         lines.append(f"{found.trees:,} finished trees of this round on disk")
     if found.rest_seconds:
         lines.append(f"about {duration(found.rest_seconds)} left in all, if stages take as long as a round before")
-    if found.state == "idle" and found.command:
-        lines.append(f"goes on with: {found.command}")
+    if found.command and found.state in ("idle", "finished"):
+        lines.append(f"{'goes on with' if found.state == 'idle' else 'done is all of'}: {found.command}")
     return "\n".join(lines)
 
 

@@ -93,6 +93,15 @@ def test_rounds_are_the_recipes_own_and_round_one_brings_the_base_along(fakes: d
     assert launch("round2.sh", env=fakes).returncode == 2
 
 
+@pytest.mark.parametrize("script", ["all.sh", "round2.sh"])
+def test_paths_are_the_caller_s_whatever_folder_he_is_in(script: str, fakes: dict[str, str], tmp_path: Path) -> None:
+    env = fakes | {"RSTAR": "pwd"}  # says where it was started; its arguments do not matter to it
+    out = subprocess.run(
+        ["bash", ROOT / "rounds" / script, "x.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert out.stdout == f"{tmp_path}\n", out.stderr
+
+
 def test_slurm_job_starts_head_then_workers_then_one_driver(fakes: dict[str, str]) -> None:
     env = fakes | {"SLURM_GPUS_ON_NODE": "4", "RAYS": "2"}
     out = launch("slurm/rounds.sbatch", "round", "2", CONFIG, "cluster.workers=5", env=env)

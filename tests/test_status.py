@@ -191,6 +191,7 @@ def test_status_of_a_finished_run(tmp_path: Path) -> None:
     found = status(tmp_path)
     assert (found.state, found.progress, found.rest_seconds) == ("finished", None, None)
     assert "search 5 s (solved 2 of 3)" in status_text(found)
+    assert "done is all of: rstar evolve x.yaml" in status_text(found)  # which may be one round only
 
 
 def test_status_is_light(tmp_path: Path) -> None:

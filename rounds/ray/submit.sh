@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits the rounds to the Ray head on this machine, one job a round, and follows them. The jobs run in this checkout.
+# Submits the rounds to the Ray head on this machine, one job a round, and follows them. The jobs run in this folder.
 # A finished round is skipped: the same command resumes. `ray job stop ID` stops a round at a safe point.
 #
 #   bash rounds/ray/submit.sh [--rounds "1 2"] CONFIG.yaml [key=value ...]
@@ -19,7 +19,7 @@ case "$RSTAR" in */*) RSTAR="$(realpath "$RSTAR")" ;; esac
 for number in $rounds; do
     job=$(printf '%q ' env --chdir="$PWD" "$RSTAR" round "$number" "$config" cluster.address=auto "$@" | base64 -w0)
     ray job submit --address "${RAY_DASHBOARD_ADDRESS:-http://127.0.0.1:8265}" -- \
-        bash "$PWD/rounds/ray/submit.sh" --decoded "$job" || {
+        bash "$checkout/rounds/ray/submit.sh" --decoded "$job" || {
         echo "rstar: round $number did not finish; the same command resumes" >&2
         exit 1
     }

