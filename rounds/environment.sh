@@ -24,6 +24,7 @@ make_environment() {
         "$folder/bin/pip" install -q --disable-pip-version-check "${RSTAR_TORCH:-torch==2.13.0}" &&
         "$folder/bin/pip" install -q --disable-pip-version-check -e ".[$extras]" || {
         echo "rstar: the installation failed; mend what pip says above and run this again" >&2
+        command -v cc >/dev/null || echo "rstar: there is no C compiler; on Debian: apt-get install gcc python3-dev" >&2
         return 2
     }
     case ",$extras," in

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,8 +114,10 @@ def items(family: str, settings: Mapping[str, Any], seed: int) -> Iterator[Mappi
     Raises UserError for an unknown family or setting.
     """
     try:
-        import reasoning_gym  # an optional dependency
-        from reasoning_gym.factory import DATASETS
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports; nothing the user can mend
+            import reasoning_gym  # an optional dependency
+            from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise UserError("reasoning-gym is not installed", how="pip install -e '.[quickstart]'") from error
     if family not in DATASETS:
