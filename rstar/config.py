@@ -193,6 +193,7 @@ class ExtractSection:
     min_synthetic_accuracy: float = 0.5  # synthetic problems with a smaller share of correct answers give no SFT row
     positives: int = 2  # per prefix
     negatives: int = 2
+    widen_pairs: bool = True  # where one side of a prefix has a single step, the other may give twice as many
     min_margin: float = 0.5  # Q(chosen) - Q(rejected); code only, the paper has none
     min_edit_distance: int = 20  # characters between two steps; code only
     answer_pairs: bool = True  # final-answer pairs across trajectories
@@ -213,6 +214,7 @@ class TrainSection:
     max_length: int = 4096  # tokens of a row
     max_grad_norm: float = 1.0
     tree_packing: bool = True  # compute shared prefixes once; false: one sequence a row
+    tree_rows: int = 0  # rows of one tree that stay together in an optimizer step; 0: all, up to batch_size
     in_order: bool = False  # sequences are filled in the order of the shuffled rows (Orca 2); false: by first fit
     dtype: str = "auto"  # autocast dtype; weights stay float32
     gradient_checkpointing: bool = False

@@ -40,7 +40,7 @@ LEAST: dict[str, dict[str, int]] = {
     "ExtractSection": {"sft_top": 0, "positives": 1, "negatives": 1, "max_pairs_per_problem": 0},
     "TrainSection": {
         "epochs": 0, "learning_rate": 0, "batch_size": 1, "micro_batch_tokens": 1, "max_length": 1, "processes": 1,
-        "lora_rank": 0, "frozen_layers": 0, "save_steps": 0,
+        "lora_rank": 0, "frozen_layers": 0, "save_steps": 0, "tree_rows": 0,
     },
     "DpoSection": {"batch_size": 1, "micro_batch_tokens": 1, "max_length": 1, "lora_rank": 1},
     "EvalSection": {

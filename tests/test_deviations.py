@@ -11,22 +11,28 @@ import json
 import math
 import re
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
-from rstar.config import PpmSection, SearchSection, TrainSection
+from rstar.config import ExtractSection, PpmSection, SandboxSection, SearchSection, TrainSection
 from rstar.extract.sft import sft_rows
 from rstar.extract.trajectories import path_segments
 from rstar.overrides import keys
 from rstar.problems.agreement import agreeing_answer
-from rstar.recipes import load_config, rstar_math
+from rstar.recipes import flow_dpo, load_config, orca2, outcome_verifier, rstar_math
 from rstar.recipes.base_model import base_checkpoint
+from rstar.recipes.rows import scorer_rows
 from rstar.rounds import RunDir
 from rstar.search.collect import _sampling
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select
 from rstar.search.sample import sample
 from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.training.batching import optimizer_batches
+from rstar.training.models import load_ppm, transformers_model
 from rstar.tree import Tree
 from rstar.types import TerminalReason, UserError
 from tests.fakes import answer, branching, depth_of, finish, grow, problem, step
@@ -35,6 +41,11 @@ from tests.training_rows import sft_rows as solution_rows
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "rstar_math"
 DEVIATIONS = re.findall(r"^(D\d+) ((?:.|\n(?=    ))+)", rstar_math.__doc__ or "", flags=re.MULTILINE)
+
+
+SECTIONS = "search|extract|ppm|sft|verifier|dpo|flow|compile|orca|sandbox|problems|warmup|bootstrap|eval"
+SETTING = rf"\b((?:{SECTIONS})\.[a-z_.]*[a-z])"
+OTHERS = {outcome_verifier: ("V", 12), flow_dpo: ("F", 11), orca2: ("O", 12)}
 
 
 def with_switch(expander: Expander, **switch: object) -> Expander:
@@ -49,9 +60,18 @@ def test_every_deviation_has_a_test_and_a_switch_or_a_reason() -> None:
     known = set(keys(rstar_math.Config))
     for name, says in DEVIATIONS:
         assert re.search(rf"def test_deviation_{name}_", text), f"{name} has no test"
-        named = re.findall(r"\b((?:search|extract|ppm|sft|problems|warmup|bootstrap|eval)\.[a-z_.]*[a-z])", says)
+        named = re.findall(SETTING, says)
         assert set(named) <= known, f"{name} names {set(named) - known}"
         assert named or "No switch:" in says or "all three" in says, f"{name} has neither a switch nor a reason"
+
+
+@pytest.mark.parametrize("recipe", OTHERS, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+def test_the_other_recipes_number_their_deviations_and_name_settings_that_exist(recipe: ModuleType) -> None:
+    letter, most = OTHERS[recipe]
+    found = re.findall(rf"^({letter}\d+) ((?:.|\n(?=    ))+)", recipe.__doc__ or "", flags=re.MULTILINE)
+    assert [name for name, _ in found] == [f"{letter}{n}" for n in range(1, most + 1)]
+    named = {key for _, says in found for key in re.findall(SETTING, says)}
+    assert named and named <= set(keys(recipe.Config)), named
 
 
 def test_searches_take_every_switch_from_the_config() -> None:
@@ -275,3 +295,54 @@ async def test_deviation_D20_switch_keeps_steps_that_fail_and_never_runs_them_ag
     failed, finished, _ = kept.tree.path(leaf)
     assert failed.error and failed.code is None and failed.stdout == "" and failed.status == "error"
     assert finished.stdout == "7\n" and "<output>" not in "".join(text for text, _ in path_segments(kept.tree, failed))
+
+
+@pytest.mark.parametrize(("widen", "pairs"), [(True, 4), (False, 2)])
+def test_deviation_D21_switch_keeps_two_by_two(widen: bool, pairs: int) -> None:
+    tree = Tree("t", problem(), ("q",))
+    for k in range(6):
+        child = tree.add_child(tree.root, text=f"step {k}" * 10, terminal=TerminalReason.ANSWER, answer=str(k))
+        child.reward = -1.0 if k else 1.0
+        tree.backpropagate(child, child.reward)
+    section = ExtractSection(min_edit_distance=0, answer_pairs=False, widen_pairs=widen)
+    found = scorer_rows([tree], section, "pairwise")
+    assert [row.weight for row in found] == [1 / pairs] * pairs
+
+
+async def test_deviation_D22_numbers_stay_as_printed_and_the_papers_time_limit_is_set() -> None:
+    _, paper = load_config(str(CONFIGS / "qwen2.5-math-7b.yaml"), [])
+    assert (paper.sandbox.cpu_seconds, SandboxSection().cpu_seconds) == (30, 5)
+
+    def script(prompt: str, seed: int, index: int) -> str:
+        return answer("1") if "<end_of_code>" in prompt else "boxed{9} print('0.123456789')<end_of_code>"
+
+    expander = grow(script, candidates=1)
+    await Mcts(expander).search(2)
+    first, last = expander.tree.path(expander.tree.answers()[0])
+    assert first.stdout == "0.123456789\n" and last.answer == "1"  # and "boxed" in code is no answer
+
+
+async def test_deviation_D23_a_greedy_solution_ends_at_its_first_failing_step() -> None:
+    expander = grow(
+        lambda prompt, seed, index: step(1, "boom(1)") if depth_of(prompt) == 0 else finish("1"), candidates=1
+    )
+    await sample(expander, 1)
+    assert [node.terminal for node in expander.tree.nodes[1:]] == [TerminalReason.CODE_ERROR]
+
+
+def test_deviation_D24_switch_spreads_a_tree_over_the_optimizer_steps() -> None:
+    trees = [f"t{tree}" for tree in range(20) for _ in range(10)]
+    sizes = {}
+    for rows in (0, 1):
+        batches = optimizer_batches(trees, 40, np.random.default_rng(0), tree_rows=rows)
+        assert sorted(k for batch in batches for k in batch) == list(range(200)) and {len(b) for b in batches} == {40}
+        sizes[rows] = {len({trees[k] for k in batch}) for batch in batches}
+    assert sizes[0] == {4} and min(sizes[1]) > 10
+    _, paper = load_config(str(CONFIGS / "qwen2.5-math-7b.yaml"), [])
+    assert (paper.ppm.tree_rows, paper.sft.tree_rows) == (16, 0)
+
+
+def test_deviation_D25_a_fresh_ppm_has_a_head_near_zero_without_bias_and_dropout(tiny_model: Path) -> None:
+    model = transformers_model(load_ppm(str(tiny_model), PpmSection(), load_tokenizer(tiny_model)).model)
+    assert model.score.bias is None and 0 < float(model.score.weight.detach().abs().max()) < 0.01
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())

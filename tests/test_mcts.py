@@ -562,3 +562,16 @@ async def test_finished_answer_too_long_for_a_verifier_stays_unscored_and_the_ot
     assert (long.ppm_value, short.ppm_value) == (None, 0.5) and short.q_value == 0.5
     again = await rescore(expander.tree, ShortContext(SimulatedScorer(lambda text: -0.5), 600))  # type: ignore[arg-type]
     assert [leaf.ppm_value for leaf in again.answers()] == [None, -0.5]
+
+
+async def test_scores_that_do_not_fit_the_candidates_are_the_engine_s_failure() -> None:
+    """Elsewhere a score that is missing silently becomes 0."""
+
+    class Short(SimulatedScorer):
+        async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
+            return [0.5] * (len(completions) - 1)
+
+    expander = grow(branching(2, lambda made: True), candidates=3)
+    expander.tools = replace(expander.tools, scorer=Short(arithmetic_score))
+    with pytest.raises(EngineError, match="2 scores for 3 completions"):
+        await Mcts(expander).search(1)

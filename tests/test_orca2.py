@@ -135,6 +135,7 @@ def test_golden_stages_and_epochs() -> None:
     config = load(orca2.Config, CONFIGS / "paper.yaml", ["model.base=tiny"])
     assert orca2.progression(config) == [("flan", 1.0), ("weaker", 3.0), ("policy", 4.0)]
     assert (config.sft.micro_batch_tokens, config.sft.in_order) == (4096, True)
+    assert (config.orca.only_correct, config.orca.few_shot, config.sft.max_length) == (False, 0.09, 4096)  # O2, O5
     assert orca2.progression(replace(config, flan=replace(config.flan, epochs=0)))[0] == ("weaker", 3.0)
 
 

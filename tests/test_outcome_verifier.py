@@ -28,8 +28,8 @@ from rstar.report.results import results, results_table
 from rstar.report.sections import recorded
 from rstar.store import read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer
-from rstar.training.batching import MicroBatch, micro_batches
-from rstar.training.data import EncodedRow
+from rstar.training.batching import MicroBatch, micro_batches, optimizer_batches
+from rstar.training.data import EncodedRow, encode_sft
 from rstar.training.models import load_policy
 from rstar.training.verifier import ValueLoss, reserve_token, train_verifier, value_losses, verifier_rows
 from rstar.tree import Tree
@@ -95,6 +95,34 @@ def test_golden_votes_and_the_tie_goes_to_the_higher_best_score() -> None:
     assert {k: c.answer for k, c in chosen.items() if c} == {1: "18", 3: "26", 5: "18"}
     twice = [replace(candidates[1], count=2), candidates[2]]
     assert (best := top_vote(twice, k=3)) is not None and best.answer == "26"  # two samples, two votes
+
+
+def test_golden_values_of_the_paper_are_in_its_config() -> None:
+    _, config = load_config(str(Path(__file__).parent.parent / "configs/outcome_verifier/paper.yaml"), [])
+    search, sft, verifier = config.search, config.sft, config.verifier
+    assert (search.rollouts, search.temperature, search.calculator, search.form) == (100, 0.7, True, "text")
+    assert (sft.epochs, sft.learning_rate, sft.schedule) == (2, 1.6e-5, "linear")
+    assert (verifier.epochs, verifier.learning_rate, verifier.level, verifier.lm_weight) == (1, 1e-5, "token", 1.0)
+    assert (config.eval.completions, config.eval.epochs[-1], config.eval.epoch_samples) == (100, 20, 100)
+    assert (sft.dropout, verifier.dropout, verifier.tree_rows) == (0, 0, 8)  # V7, V12
+
+
+def test_the_question_carries_no_loss_in_fine_tuning(tiny_model: Path) -> None:
+    """V11."""
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    row = encode_sft(SftRow("1 + 1?\n", "#### 2", (("#### 2", True),), "p", "t", ()), encoder, 100)
+    question = len(encoder.encode(["1 + 1?\n"]))
+    assert not row.trained[:question].any() and row.trained[question:].all()
+
+
+def test_a_completion_and_its_reference_stay_in_one_optimizer_step(
+    tiny_model: Path, outcomes: list[OutcomeRow], references: list[SftRow]
+) -> None:
+    """V5, V12: also where a problem's completions are spread over the steps."""
+    rows = encoded(tiny_model, outcomes, references)
+    batches = optimizer_batches([row.tree_id for row in rows], 4, np.random.default_rng(0), tree_rows=2)
+    assert len(rows) == 2 * len(outcomes) and len(batches) == len(rows) / 4
+    assert all(k + 1 in batch for batch in batches for k in batch if k % 2 == 0)
 
 
 # -- the loss --------------------------------------------------------------------------------------------

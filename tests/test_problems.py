@@ -175,9 +175,12 @@ def test_gsm8k_and_boxed_answers_are_cut_to_the_final_answer(tmp_path):
         {"question": "a", "answer": solution},
         {"question": "b", "answer": "So $\\boxed{\\frac{1}{2}}$."},
         {"question": "c", "answer": ["1", "2"]},
+        {"question": "d", "answer": "7 * 2 = 14\n#### 15\nThe answer is: 15"},  # MetaMath's kinds of records
+        {"question": "e", "answer": "So it is $\\boxed{14}$. The answer is: 14"},
+        {"question": "f", "answer": "Half of 28 is 14.\nThe answer is: 14"},
     ]
     train = load_problems(file_section(write(tmp_path / "x.jsonl", rows))).train
-    assert [p.answer for p in train] == ["1024", "\\frac{1}{2}", "1, 2"]
+    assert [p.answer for p in train] == ["1024", "\\frac{1}{2}", "1, 2", "15", "14", "14"]
     assert train[0].solution == solution
 
 
@@ -244,6 +247,12 @@ def test_a_held_out_file_replaces_the_split(tmp_path):
     assert [p.answer for p in problems.train] == ["1", "2", "3"]
     assert problems.dropped == {"contaminated": 2}
     assert {name for _, name in problems.contaminated} == {"heldout"}
+
+
+def test_what_a_held_out_file_loses_is_counted(tmp_path):
+    held = write(tmp_path / "h.jsonl", [*sums(2, 8), sums(1, 8)[0]])
+    problems = load_problems(file_section(write(tmp_path / "x.jsonl", sums(3)), heldout_path=str(held)))
+    assert len(problems.heldout) == 2 and problems.dropped == {"held-out duplicate": 1}
 
 
 def test_problems_that_overlap_with_a_named_set_are_removed_and_listed(tmp_path):

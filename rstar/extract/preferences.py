@@ -27,17 +27,22 @@ def outcome_counts(tree: Tree) -> list[tuple[int, int]]:
 
 
 def sibling_pairs(
-    siblings: Sequence[Node], counts: Sequence[tuple[int, int]], *, positives: int = 2, negatives: int = 2
+    siblings: Sequence[Node],
+    counts: Sequence[tuple[int, int]],
+    *,
+    positives: int = 2,
+    negatives: int = 2,
+    widen: bool = True,
 ) -> list[tuple[Node, Node]]:
     """(chosen, rejected) among siblings: highest Q that lead to a correct answer x lowest Q that lead to a wrong one.
 
-    2 x 2; where one side has a single node the other may give twice as many (1 x 4, 4 x 1). Only pairs with a higher Q
-    of the chosen one (G3).
+    2 x 2; with `widen`, where one side has a single node the other may give twice as many (1 x 4, 4 x 1). Only pairs
+    with a higher Q of the chosen one (G3).
     """
     good = sorted((n for n in siblings if counts[n.id][0] > 0), key=lambda n: -n.q_value)
     bad = sorted((n for n in siblings if counts[n.id][1] > 0), key=lambda n: n.q_value)
-    n_good = positives * 2 if len(bad) == 1 else positives
-    n_bad = negatives * 2 if len(good) == 1 else negatives
+    n_good = positives * 2 if widen and len(bad) == 1 else positives
+    n_bad = negatives * 2 if widen and len(good) == 1 else negatives
     return [(g, b) for g in good[:n_good] for b in bad[:n_bad] if g.q_value > b.q_value]
 
 
@@ -46,6 +51,7 @@ def preference_rows(
     *,
     positives: int = 2,
     negatives: int = 2,
+    widen: bool = True,
     min_margin: float = 0.5,
     min_edit_distance: int = 20,
     answer_pairs: bool = True,
@@ -62,7 +68,9 @@ def preference_rows(
             continue
         pairs = [
             (chosen, rejected)
-            for chosen, rejected in sibling_pairs(tree.children(node), counts, positives=positives, negatives=negatives)
+            for chosen, rejected in sibling_pairs(
+                tree.children(node), counts, positives=positives, negatives=negatives, widen=widen
+            )
             if chosen.q_value - rejected.q_value >= min_margin
             and Levenshtein.distance(chosen.text, rejected.text) >= min_edit_distance
         ]

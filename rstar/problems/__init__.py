@@ -57,7 +57,9 @@ def load_problems(section: ProblemsSection) -> ProblemSet:
         pool, templated = _clean(records, dropped), False
         heldout = []
     if section.heldout_path:
-        heldout = _clean(_read_file(section.heldout_path, section, "heldout"), Counter())
+        left_out: Counter[str] = Counter()
+        heldout = _clean(_read_file(section.heldout_path, section, "heldout"), left_out)
+        dropped.update({f"held-out {reason}": count for reason, count in left_out.items()})
     elif not templated:
         pool, heldout = _split(pool, section)
     kept, contaminated = _decontaminate(pool, heldout, section, templated)

@@ -116,12 +116,13 @@ def _level(record: Mapping[str, object], fields: Fields) -> str:
 
 
 def final_answer(text: str) -> str:
-    """The final answer inside a reference: after GSM8K's last "####", in the last \\boxed{}, or the text itself."""
+    """The final answer inside a reference: after GSM8K's last "####", in the last \\boxed{}, after MetaMath's last "The
+    answer is:" (which it puts below those two as well), or the text itself."""
     if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "")
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip().replace(",", "")
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
-        return text.strip()
+        return text.rpartition("The answer is:")[2].strip()
     brace = text.find("{", start)
     if brace < 0:
         return text[start:].partition(" ")[2].split("$")[0].strip()

@@ -98,6 +98,9 @@ def arms_stage(config: Config, run: RunDir, number: int) -> Stage:
             raise UserError(
                 "no problem has a correct solution of every arm", need="one", how="more problems or samples"
             )
+        if len(shared) < config.compile.problems:
+            few = f"{len(shared)} of the {config.compile.problems} problems that compile.problems asks for"
+            print(f"compile: {few} have a correct solution of every arm", flush=True)
         for arm, one in arms.items():
             write_rows(here.path / f"{arm}.jsonl", [one[key] for key in shared])
         found = {arm: len(one) for arm, one in arms.items()}

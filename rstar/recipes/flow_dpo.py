@@ -22,7 +22,10 @@ F8  with search.form=steps a piece is a code step, run when it is written; the a
 F9  with warmup.enabled (SmolLM2; off by default) the base is first fine-tuned on worked solutions, and on Yes after a
     whole one, No after a part of one: a 135M model can neither solve nor judge without.
 F10 the three arms of the compile stage hold the problems for which each has a correct solution, the first
-    compile.problems of them; the self-generated ones are the first correct of compile.samples draws.
+    compile.problems of them (fewer where there are no more: the stage says so); the self-generated ones are the first
+    correct of compile.samples draws. The learning rate of the fine-tuning falls linearly: sft.schedule.
+F11 Stop is asked one question, whether the solution is complete and right; the paper asks for both and quotes no words.
+    No switch.
 """
 
 from __future__ import annotations

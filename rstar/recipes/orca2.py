@@ -28,6 +28,7 @@ O9  the stages' data are one pool each (flan, weaker, problems); the 4-epoch sta
 O10 answers are read by rstar.grading.extract_answer (boxed, ####, "answer is") and compared by value, the same for all
     models; the format-OK rate is the share that states one. The macro mean weighs every sub-category the same.
 O11 which strategy an answer shows is told by the patterns of the strategies file, and compared with the chosen one.
+O12 teachers answer greedily; the paper does not say. No switch.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Deviations from the paper, each with its switch:
 
 V1  answers are the same where their values are ("72.0" is 72); the paper compares strings. No switch.
 V2  the calculator is a grammar of our own (no powers) and writes results as the data does, 24 instead of Python's 24.0.
+    Plain calculations of reference solutions that carry no annotation get one.
 V3  the end token belongs to a solution, and its value after the end token is the score. The paper says only that values
     follow every token. No sigmoid stands after gain and bias; a solution that is cut off or names no answer is no
     candidate, and no row of the verifier (it would be one labelled wrong).
@@ -27,6 +28,10 @@ V8  a batch is counted in rows (the paper: 3.2e4 tokens), AdamW's betas are the 
 V9  a tied vote goes to the answer with the higher best score; not reported.
 V10 with search.form=steps the solutions are the code steps of rStar-Math: the generator learns the calculations of the
     reference solutions as programs, problems without one are left out, and printed output is no target and not scored.
+V11 the question carries no loss in fine-tuning either; the paper says so of the verifier only. No switch. The
+    fine-tuning rate is Table 1's; the further 0.1 that it names for some runs is left out: sft.learning_rate.
+V12 an optimizer step holds whole problems up to its size, so that their question is computed once; the paper shuffles
+    examples: verifier.tree_rows=2 (a completion and its reference). In paper.yaml a problem gives at most 8 to a step.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ def scorer_rows(trees: Sequence[Tree], section: ExtractSection, loss: str) -> li
             tree,
             positives=section.positives,
             negatives=section.negatives,
+            widen=section.widen_pairs,
             min_margin=section.min_margin,
             min_edit_distance=section.min_edit_distance,
             answer_pairs=section.answer_pairs,

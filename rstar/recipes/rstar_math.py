@@ -26,7 +26,8 @@ D8  step pairs need a Q margin of 0.5 and an edit distance of 20 characters, as 
 D9  final-answer pairs across trajectories as in P, whose chosen answer has the higher mean Q; C has no path for them:
     extract.answer_pairs=false.
 D10 the answer of several trajectories is reported by top score (P), by majority of the top eval.top_k (C) and
-    score-weighted, all three; a tied vote goes to the answer with the higher best score, C breaks ties at random.
+    score-weighted, all three (a vote weighs (1 + score) / 2, so that none counts against its answer); a tied vote goes
+    to the answer with the higher best score, C breaks ties at random. A searched answer takes 12 rollouts (C), P has 4.
 D11 interpreter output and `<output>`, `<answer>` tags are written by us and carry no loss; C trains on them. No switch:
     a policy that learns to write results stops running its code.
 D12 escalation (search.escalate) adds rollouts to the same tree; P does not say whether it starts again: escalate=[] and
@@ -46,6 +47,18 @@ D18 synthetic answers agree when they are the same number or the same text but f
 D19 extraction reads the trees of several seeds as one, merged by prefix, so that siblings of all seeds face each other;
     P does not say: extract.merge_seeds=false.
 D20 P keeps a step only where its code runs; search.drop_failed_steps=false keeps it, without output, for comparison.
+D21 where one side of a prefix has a single step the other gives up to four, as in C; P has 2 x 2:
+    extract.widen_pairs=false. The pairs left at a prefix weigh 1 together and a batch's loss is their mean; P divides
+    by 2 x 2, C sums. A step that reached max_depth is neither right nor wrong; in C it is wrong.
+D22 an answer is what stands in \\boxed{} after <end_of_code>, printed numbers stay as they are; C reads answers
+    wherever "boxed" occurs, rounds to 4 decimals and cuts output at 1,024 characters. A step has sandbox.cpu_seconds=30
+    in the paper's configs, as in C, and 5 elsewhere.
+D23 a greedy solution ends at its first failing step, as a search would; C's greedy mode runs the whole program and goes
+    on after errors. No switch: the policy is measured by what it may do in a search.
+D24 an optimizer step holds whole trees, so that shared prefixes are computed once; P and C shuffle rows:
+    sft.tree_rows=1, ppm.tree_rows=1. In the paper's configs a tree gives at most 16 pairs to a step.
+D25 the PPM's head starts at N(0, 0.001) without bias and dropout, and the last weights are kept; C has N(5e-7, 1e-6), a
+    bias, dropout 0.1 and keeps the best on held-out pairs. No switch: both call every pair a draw at the start.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rstar.engines.base import ContextOverflow, Policy, Scorer
+from rstar.engines.base import ContextOverflow, EngineError, Policy, Scorer
 from rstar.grading import extract_answer
 from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
 from rstar.search.together import together
@@ -110,7 +110,10 @@ async def scores(
 ) -> list[float | ContextOverflow]:
     """As Scorer.score, but a completion that is too long for the scorer's context has its error, not all of them."""
     try:
-        return list(await scorer.score(prompt, completions))
+        found: list[float | ContextOverflow] = list(await scorer.score(prompt, completions))
+        if len(found) != len(completions):
+            raise EngineError(f"the scorer gave {len(found)} scores for {len(completions)} completions")
+        return found
     except ContextOverflow as error:
         if len(completions) == 1:
             return [error]

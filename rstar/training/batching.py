@@ -1,8 +1,8 @@
 """Which rows make an optimizer step, and which tokens make a forward pass.
 
-An optimizer batch is a group of whole trees whose number of rows is nearest to `batch_size`; the loss is one mean over
-it, so weights are divided by the batch's sum here and a micro-batch's loss is a plain sum. How a batch is cut into
-micro-batches or spread over processes therefore changes nothing but rounding.
+An optimizer batch is a group of trees, or of parts of them (`tree_rows`), whose number of rows is nearest to
+`batch_size`; the loss is one mean over it, so weights are divided by the batch's sum here and a micro-batch's loss is a
+plain sum. How a batch is cut into micro-batches or spread over processes therefore changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from rstar.training.data import EncodedRow, Floats
 from rstar.training.packing import FLEX_BLOCK, Ids, TreeAttention, depth_first, pack, trie_tokens
 
 
-def optimizer_batches(trees: Sequence[str], batch_size: int, random: np.random.Generator) -> list[list[int]]:
-    """One epoch of row indices, given every row's tree. Trees come in random order and stay whole.
+def optimizer_batches(
+    trees: Sequence[str], batch_size: int, random: np.random.Generator, *, tree_rows: int = 0
+) -> list[list[int]]:
+    """One epoch of row indices, given every row's tree. Trees come in random order.
 
-    A tree with more rows than `batch_size` is cut into parts of equal size. A batch closes where one more tree
-    would take it further from `batch_size`.
+    A tree with more rows than `batch_size`, or than `tree_rows` if that is not 0, is cut into parts of so many
+    consecutive rows, which come in random order themselves. A batch closes where one more part would take it further
+    from `batch_size`.
     """
     members: dict[str, list[int]] = {}
     for index, tree in enumerate(trees):
         members.setdefault(tree, []).append(index)
-    groups: list[list[int]] = []
-    for rows in members.values():
-        parts = -(-len(rows) // batch_size)
-        groups.extend(part.tolist() for part in np.array_split(np.array(rows), parts))
+    most = min(batch_size, tree_rows or batch_size)
+    groups = [rows[start : start + most] for rows in members.values() for start in range(0, len(rows), most)]
     batches: list[list[int]] = []
     current: list[int] = []
     for g in random.permutation(len(groups)):
@@ -257,6 +258,7 @@ class OptimizerSteps(Dataset[list[MicroBatch]]):
         budget: int,
         tree_packing: bool,
         in_order: bool = False,
+        tree_rows: int = 0,
         process: int = 0,
         processes: int = 1,
         flex: bool = False,
@@ -267,7 +269,7 @@ class OptimizerSteps(Dataset[list[MicroBatch]]):
         self.batches: list[list[int]] = []
         epoch = 0
         while epoch < epochs:
-            batches = optimizer_batches(trees, batch_size, np.random.default_rng([seed, epoch]))
+            batches = optimizer_batches(trees, batch_size, np.random.default_rng([seed, epoch]), tree_rows=tree_rows)
             share = min(1.0, epochs - epoch)
             self.batches.extend(batches[: max(1, round(share * len(batches)))])
             epoch += 1

@@ -106,6 +106,7 @@ def train(
         budget=section.micro_batch_tokens,
         tree_packing=section.tree_packing,
         in_order=section.in_order,
+        tree_rows=section.tree_rows,
         process=args.process_index,
         processes=args.world_size,
         flex=args.device.type == "cuda",
