@@ -65,6 +65,8 @@ def _attacks(secret_file: str, folder: str) -> list[_Attack]:
         _Attack("read a file", f"print(open({secret_file!r}).read())", _DENIED),
         _Attack("list a folder", f"import os\nprint(os.listdir({folder!r}))", _DENIED),
         _Attack("write a file", f"import os\nos.open({target!r}, os.O_WRONLY | os.O_CREAT)", _DENIED),
+        _Attack("empty a file", f"import os\nos.open({secret_file!r}, 3 | os.O_TRUNC)", _DENIED),
+        _Attack("open a device", "import os\nos.open('/dev/ptmx', 3)", _DENIED),
         _Attack("remove a file", f"import os\nos.unlink({secret_file!r})", _DENIED),
         _Attack("start a process", "import os\nif os.fork() == 0: os._exit(0)", _DENIED),
         _Attack("execute a program", "import os\nos.execv('/bin/true', ['true'])", _DENIED),

@@ -17,6 +17,7 @@ import re
 import resource
 import signal
 import socket
+import stat
 import struct
 import sys
 import sysconfig
@@ -30,11 +31,12 @@ SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 
 # Landlock rights: linux/landlock.h. A ruleset handles every right its ABI knows, so all of them are denied by default.
-FS_READ_FILE, FS_READ_DIR = 1 << 2, 1 << 3
+FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 1 << 1, 1 << 2, 1 << 3
 FS_RIGHTS_BY_ABI = ((1, 13), (2, 14), (3, 15), (5, 16))  # (first ABI, number of file-system rights it handles)
 NET_BIND_TCP_CONNECT_TCP = 0b11  # ABI 4
 SCOPE_ABSTRACT_UNIX_SIGNAL = 0b11  # ABI 6
 RULE_PATH_BENEATH = 1
+NULL_DEVICE = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 CREATE_RULESET_VERSION = 1
 
 # Uids that nobody has (systemd hands this range out dynamically), one per supervisor, so that the sandboxes of a node
@@ -60,6 +62,10 @@ STEP_CALLS = re.findall(r"\w+", _STEP_CALLS)
 # the same uid, F_SETPIPE_SZ takes kernel memory that no limit counts.
 STEP_FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL)
 STEP_IOCTL = (termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX)
+
+# Flags of open that a step may not pass. Landlock asks by the access mode, and below ABI 3 not about O_TRUNC: mode 3,
+# which is neither reading nor writing, opens every file and with O_TRUNC empties it.
+WRITING = (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)
 
 # What the zygote calls besides, and each fork gives up before it runs a step.
 ZYGOTE_CALLS = ("clone", "kill", "prctl", "seccomp", "prlimit64", "sendmsg", "recvmsg")
@@ -148,6 +154,7 @@ def open_readable(paths: Iterable[str]) -> list[int]:
 def landlock(readable: Sequence[int], abi: int) -> None:
     """Deny this process and its children every file, TCP port, signal and abstract socket, except reading `readable`.
 
+    The null device may be written to as well, by what opens it before a fork's own filter denies that (`step_filter`).
     Needs no_new_privs and a single thread (below ABI 8 the calling thread alone is restricted).
     """
     handled = (1 << next(count for first, count in reversed(FS_RIGHTS_BY_ABI) if abi >= first)) - 1
@@ -155,8 +162,10 @@ def landlock(readable: Sequence[int], abi: int) -> None:
     attributes = struct.pack("=QQQ", handled, NET_BIND_TCP_CONNECT_TCP, SCOPE_ABSTRACT_UNIX_SIGNAL)[:size]
     ruleset = _syscall("landlock_create_ruleset", ctypes.c_char_p(attributes), ctypes.c_long(size), ctypes.c_long(0))
     for descriptor in readable:
-        is_folder = os.fstat(descriptor).st_mode & 0o170000 == 0o040000
-        rights = FS_READ_FILE | FS_READ_DIR if is_folder else FS_READ_FILE
+        found = os.fstat(descriptor)
+        rights = FS_READ_FILE | FS_READ_DIR if stat.S_ISDIR(found.st_mode) else FS_READ_FILE
+        if stat.S_ISCHR(found.st_mode) and found.st_rdev == NULL_DEVICE:
+            rights |= FS_WRITE_FILE
         rule = ctypes.c_char_p(struct.pack("=Qi", rights, descriptor))
         _syscall("landlock_add_rule", ctypes.c_long(ruleset), ctypes.c_long(RULE_PATH_BENEATH), rule, ctypes.c_long(0))
     _syscall("landlock_restrict_self", ctypes.c_long(ruleset), ctypes.c_long(0))
@@ -300,6 +309,10 @@ def step_filter() -> bytes:
             rules.add_rule(denied, name, s.Arg(2, s.NE, 0))  # reading one's own limits stays
         else:
             rules.add_rule(denied, name)
+    for name, place in (("open", 1), ("openat", 2)):
+        if s.resolve_syscall(s.Arch.NATIVE, name) >= 0:
+            for flag in WRITING:
+                rules.add_rule(denied, name, s.Arg(place, s.MASKED_EQ, flag, flag))
     return _export(rules)
 
 

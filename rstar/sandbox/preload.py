@@ -21,6 +21,7 @@ LEFT_OUT = ["charset_normalizer"]
 # Loads what these calls import lazily and fills sympy's caches: the first such call of a step is then a cheap one.
 WARM_UP = """
 import sympy
+sympy.Dummy._base_dummy_index = 10**6  # random otherwise, and the order of terms depends on it
 x, y = sympy.symbols("x y")
 sympy.solve(sympy.Eq(x**2 - 5*x + 6, 0), x)
 sympy.solve([x + y - 3, x - y - 1], [x, y])

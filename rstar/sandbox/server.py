@@ -25,7 +25,7 @@ PIPE_CHUNK = 1 << 14
 LOOK_AFTER = 0.01  # seconds; most forks are done by then, and their pipes need to be read only once
 REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
-BUSY_SHARE = 0.001  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
+BUSY_SHARE = 0.01  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
 LOOK_UP = 0.25  # seconds; the warden sleeps no longer while forks run, so that it sees when it stood still
 STOOD_STILL = 1.0  # seconds that the warden slept past what it asked for
 WALL_STRETCH = 4.0  # a busy fork on an overloaded node gets up to this many times its wall time
@@ -169,6 +169,8 @@ class Server:
         except BlockingIOError:
             return False
         if descriptor == fork.report:
+            if len(fork.said) + len(data) > REPORT_BYTES and not fork.verdict:
+                self._kill(fork, "output_limit", "wrote more than a report into the pipe for reports")
             fork.said += data[: REPORT_BYTES - len(fork.said)]
             if fork.prefix_cpu is None and len(fork.said) >= step.REPORT_HEAD.size:
                 kind, cpu = step.REPORT_HEAD.unpack_from(fork.said)
@@ -290,7 +292,7 @@ def _reply(fork: Fork, status: int, cpu: float) -> Reply:
     return Reply(
         fork.request,
         verdict,
-        _one_line(text) if verdict != "ok" else "",
+        _one_line(text[: step.MAX_ERROR])[: step.MAX_ERROR] if verdict != "ok" else "",
         cpu_ms=max(0.0, spent - prefix) * 1e3,
         prefix_cpu_ms=prefix * 1e3,
     )

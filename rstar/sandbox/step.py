@@ -18,6 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn, TextIO
 
 from rstar.sandbox.scratch import in_memory_open
@@ -25,7 +26,7 @@ from rstar.sandbox.scratch import in_memory_open
 STDOUT, REPORT, OUTPUT = 1, 3, 4  # descriptors; 0 and 2 are the null device
 REPORT_HEAD = struct.Struct("=cd")  # kind, CPU seconds of this process so far
 PREFIX_DONE, OK, ERROR, DENIED, MEMORY, PREFIX_FAILED = b"M", b"O", b"E", b"D", b"X", b"P"
-MAX_ERROR = 2000  # characters
+MAX_ERROR, MAX_NAME = 2000, 200  # characters
 Entries = Mapping[str, Callable[[str], str]]  # trusted functions by name
 # CPU time is read from the thread clock (a step has one thread): under RLIMIT_CPU the process clock moves in ticks.
 _open = open
@@ -45,7 +46,7 @@ def describe(error: BaseException) -> tuple[bytes, str]:
     kind = MEMORY if isinstance(error, MemoryError) else DENIED if denied else ERROR
     name = "exception"
     try:
-        name = type(error).__name__
+        name = type(error).__name__[:MAX_NAME]
         text = str(error)[:MAX_ERROR]
     except BaseException:
         return kind, f"{name}: <no text: raised again while it was formatted>"
@@ -54,15 +55,44 @@ def describe(error: BaseException) -> tuple[bytes, str]:
 
 
 def _flush(stdout: TextIO) -> None:
-    if not stdout.closed:
+    """Write out what was printed: to the `stdout` that the program began with and to what it has put in its place."""
+    if sys.stdout is not stdout and sys.stdout is not None:
+        with suppress(Exception):  # as at the end of a run of its own
+            sys.stdout.flush()
+    try:
+        closed = stdout.closed
+    except ValueError:
+        return  # detached: its buffer belongs to another stream now
+    if not closed:
         stdout.flush()
 
 
+def open_stdout() -> None:
+    """Make `sys.stdout` anew as a fresh interpreter would for a pipe, with STDOUT behind it.
+
+    That of the zygote was made for the null device, which can seek: reopened in another encoding, it would try to.
+    """
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, STDOUT)
+    raw = io.FileIO(STDOUT, "w", closefd=False)
+    raw.name = "<stdout>"
+    stdout = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", newline="\n")
+    stdout.mode = "w"  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
+    os.dup2(0, STDOUT)
+    os.close(read_end)
+    os.close(write_end)
+
+
 def seed_libraries(seed: int) -> None:
-    """Start the generators of random, numpy and sympy from `seed`: in the template, once for many programs with one."""
+    """Start the generators of random, numpy and sympy from `seed`: in the template, once for many programs with one.
+
+    Generators of numpy that are made without a seed (`default_rng()`) take theirs from a generator of this seed too.
+    """
     random.seed(seed)
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed(seed % 2**32)
+        numpy_random.bit_generator.randbits = random.Random(seed).getrandbits  # `secrets.randbits` otherwise
     if (sympy_random := sys.modules.get("sympy.core.random")) is not None:
         sympy_random.seed(seed)
 
@@ -89,7 +119,7 @@ def pack(entry: str | None, codes: Sequence[str]) -> bytes:
     return marshal.dumps((entry, list(codes)))
 
 
-def run(program: bytes, entries: Entries, leave: Callable[[int], NoReturn] = os._exit) -> NoReturn:
+def run(program: bytes | bytearray, entries: Entries, leave: Callable[[int], NoReturn] = os._exit) -> NoReturn:
     """Run what `pack` made and leave. The first untrusted code of this process is that of a program in here."""
     entry, codes = marshal.loads(program)
     if entry is not None:

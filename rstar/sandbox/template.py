@@ -22,7 +22,6 @@ ORDER = struct.Struct("=IqII")  # bytes of the program that follows, seed, CPU l
 PID, SECONDS = struct.Struct("=i"), struct.Struct("=d")  # the answers: to a program, to bare forks
 LINK = 39  # descriptor of the way to the warden
 FIRST_LIBRARY_FD = 40
-CHUNK = 4096
 TWO_DESCRIPTORS = socket.CMSG_SPACE(2 * PID.size)
 REHEARSALS = 20  # Python's interpreter adapts to code that it has run eight times
 REHEARSAL = """
@@ -88,23 +87,26 @@ def start(filter_: locks.Filter | None, entries: step.Entries) -> Template:
 def serve(link: socket.socket, filter_: locks.Filter | None, entries: step.Entries) -> NoReturn:
     """Fork on request until the warden goes away. Each fork takes its last lock and runs its program."""
     warden, seed, fork = os.getppid(), None, locks.forker(sibling=True)
+    order = bytearray(ORDER.size)
     while True:
-        data = link.recvmsg(CHUNK, TWO_DESCRIPTORS)[0]  # descriptors land on the lowest free numbers: REPORT, OUTPUT
-        if not data:
+        # The descriptors land on the lowest free numbers: REPORT, OUTPUT.
+        if link.recvmsg_into([order], TWO_DESCRIPTORS)[0] < ORDER.size:
             os._exit(0)
-        size, new_seed, cpu_limit, bare = ORDER.unpack_from(data)
+        size, new_seed, cpu_limit, bare = ORDER.unpack_from(order)
         if bare:
             link.sendall(SECONDS.pack(_bare_forks(bare, filter_)))
             continue
-        while len(data) < ORDER.size + size:
-            data += link.recv(ORDER.size + size - len(data))
+        program = bytearray(size)
+        if link.recv_into(program, size, socket.MSG_WAITALL) < size:
+            os._exit(0)
         if new_seed != seed:
             seed = new_seed
             step.seed_libraries(seed)
         pid = fork()
         if pid == 0:
             enter(warden, cpu_limit, filter_)
-            step.run(data[ORDER.size :], entries)
+            step.run(program, entries)
+        program[:] = bytes(size)  # freed memory is inherited too: the next fork would find this problem's program there
         os.closerange(step.REPORT, step.OUTPUT + 1)
         link.sendall(PID.pack(pid))
 
@@ -122,10 +124,14 @@ def _bare_forks(count: int, filter_: locks.Filter | None) -> float:
 
 
 def enter(parent: int, cpu_limit: int, filter_: locks.Filter | None) -> None:
-    """In a new fork: die with its parent, keep no descriptor but its pipes and the null device, take the last lock."""
+    """In a new fork: die with its parent, keep no descriptor but its pipes and a null device, take the last lock.
+
+    The null device is opened anew: flags set on a description that is shared would be seen by all later forks.
+    """
     locks.die_with_parent()
     if os.getppid() != parent:
         os._exit(70)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 2)
     os.closerange(step.OUTPUT + 1, FIRST_LIBRARY_FD)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, cpu_limit))  # behind the warden's finer one

@@ -80,6 +80,7 @@ def prepare(control: int) -> tuple[Ready, locks.Filter | None, step.Entries]:
         imported = time.perf_counter()
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("a library started a thread; the locks hold for a single-threaded process only")
+        step.open_stdout()
         heap = locks.writable_memory()
         filter_, unreachable = lock(setup)
         template.rehearse(entries, [control])
