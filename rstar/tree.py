@@ -8,7 +8,7 @@ below it can still be selected; both follow from the rows, so a tree can be save
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rstar.types import Problem, TerminalReason, UserError
@@ -53,6 +53,10 @@ class Node:
     def expanded(self) -> bool:
         """Whether its continuations were drawn; a dead end may have none."""
         return bool(self.children) or self.terminal is TerminalReason.DEAD_END
+
+
+_FOLLOWING = ("children", "exhausted", "virtual_losses")  # fields that are not saved
+_COLUMNS = {f.name: "n" if f.name == "visit_count" else f.name for f in fields(Node) if f.name not in _FOLLOWING}
 
 
 @dataclass(slots=True)
@@ -182,47 +186,12 @@ class Tree:
 
     def to_rows(self) -> Iterator[dict[str, Any]]:
         """The tree, then its nodes in creation order."""
-        yield {
-            "schema": SCHEMA,
-            "tree_id": self.tree_id,
-            "problem": asdict(self.problem),
-            "recipe": self.recipe,
-            "searcher": self.searcher,
-            "settings": self.settings,
-            "seed": self.seed,
-            "policy": self.policy,
-            "ppm": self.ppm,
-            "prompt": list(self.prompt),
-            "rollouts_done": self.rollouts_done,
-            "tokens": self.tokens,
-            "engine_calls": self.engine_calls,
-            "seconds": round(self.seconds, 3),
-            "worker": self.worker,
-            "complete": self.complete,
-            "revision": self.revision,
-        }
+        head = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "nodes"}
+        head |= {"problem": asdict(self.problem), "prompt": list(self.prompt), "seconds": round(self.seconds, 3)}
+        yield {"schema": SCHEMA, **head}
         for node in self.nodes:
-            yield {
-                "id": node.id,
-                "parent": node.parent,
-                "text": node.text,
-                "code": node.code,
-                "stdout": node.stdout,
-                "error": node.error,
-                "status": node.status,
-                "cpu_ms": round(node.cpu_ms, 3),
-                "n": node.visit_count,
-                "value_sum": node.value_sum,
-                "ppm_value": node.ppm_value,
-                "logprob": node.logprob,
-                "tokens": node.tokens,
-                "multiplicity": node.multiplicity,
-                "terminal": node.terminal.value if node.terminal else None,
-                "answer": node.answer,
-                "reward": node.reward,
-                "role": node.role,
-                "meta": node.meta,
-            }
+            row = {column: getattr(node, name) for name, column in _COLUMNS.items()}
+            yield row | {"cpu_ms": round(node.cpu_ms, 3), "terminal": node.terminal.value if node.terminal else None}
 
     @classmethod
     def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Tree:
@@ -239,9 +208,9 @@ class Tree:
         head["prompt"] = tuple(head["prompt"])
         tree = cls(**head, nodes=[])
         for row in rows[1:]:
-            fields = dict(row)
-            terminal = fields.pop("terminal")
-            node = Node(visit_count=fields.pop("n"), terminal=TerminalReason(terminal) if terminal else None, **fields)
+            own = dict(row)
+            terminal = own.pop("terminal")
+            node = Node(visit_count=own.pop("n"), terminal=TerminalReason(terminal) if terminal else None, **own)
             tree.nodes.append(node)
             if node.parent is not None:
                 tree.nodes[node.parent].children.append(node.id)
