@@ -7,7 +7,7 @@ of these frozen dataclasses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -231,15 +231,12 @@ class Usage:
     prompt_tokens: int = 0
     engine_calls: int = 0
     scored: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: Usage) -> None:
         self.generated_tokens += other.generated_tokens
         self.prompt_tokens += other.prompt_tokens
         self.engine_calls += other.engine_calls
         self.scored += other.scored
-        for key, value in other.extra.items():
-            self.extra[key] = self.extra.get(key, 0.0) + value
 
 
 JsonScalar = str | int | float | bool | None

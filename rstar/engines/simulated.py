@@ -104,16 +104,15 @@ class SimulatedPolicy:
 class SimulatedScorer:
     """A scorer that says what a function of the whole text says, in [-1, 1]."""
 
-    def __init__(self, score: Callable[[str], float], *, tokens_per_second: float = 0.0) -> None:
+    def __init__(self, score: Callable[[str], float]) -> None:
         self._score = score
-        self.throughput = Throughput(tokens_per_second)
         self.usage = Usage()
 
     async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
         """As Scorer.score."""
         self.usage.engine_calls += 1
         self.usage.scored += len(completions)
-        await asyncio.gather(*(self.throughput.spend(_rough_tokens("".join(completion))) for completion in completions))
+        await asyncio.sleep(0)  # other trees get their turn, as beside a real engine
         text = prompt.text
         return [self._score(text + "".join(completion)) for completion in completions]
 

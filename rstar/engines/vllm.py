@@ -33,6 +33,7 @@ from rstar.tokens import SegmentEncoder, check_model_folder, load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams, Usage, UserError
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has kernels for
+_ADAPTERS = 2  # in use at once: a flow has two models
 _SAME_ARCHITECTURE = (
     "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "rope_parameters",
@@ -124,18 +125,15 @@ class VllmPolicy(_VllmModel):
         section: `max_batch`, `max_context`, `dtype` hold everywhere; `threads` and `cache_mib` (KV space) on CPU;
             `gpu_memory` and `tensor_parallel` on CUDA.
         lora_rank: Largest rank of the LoRA adapters to come; 0 builds an engine without adapters, which is faster.
-        adapters: How many LoRA adapters are in use at once.
     """
 
-    def __init__(
-        self, model_path: str | Path, section: EngineSection, *, lora_rank: int = 0, adapters: int = 2
-    ) -> None:
+    def __init__(self, model_path: str | Path, section: EngineSection, *, lora_rank: int = 0) -> None:
         extra: dict[str, Any] = {}
         if lora_rank:
             rank = next((r for r in _LORA_RANKS if r >= lora_rank), None)
             if rank is None:
                 raise UserError(f"lora_rank={lora_rank}", need=f"at most {_LORA_RANKS[-1]}")
-            extra = {"enable_lora": True, "max_lora_rank": rank, "max_loras": adapters, "max_cpu_loras": 2 * adapters}
+            extra = {"enable_lora": True, "max_lora_rank": rank, "max_loras": _ADAPTERS, "max_cpu_loras": 2 * _ADAPTERS}
         self._adapters: dict[str, LoRARequest] = {}
         self._adapter_ids = itertools.count(1)
         self._takes_adapters = bool(lora_rank)

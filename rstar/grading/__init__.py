@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Grader", "extract_answer", "is_equivalent_fast", "normalise"]
 
 MAX_BITS = 14_000  # of an integer that Python writes in decimal: it refuses more than 4,300 digits
+MAX_VERDICTS = 20_000  # that a grader keeps
 SYMBOLIC_CPU_SECONDS = 2.0  # usual gradings take a twentieth of it
 
 
@@ -91,15 +92,12 @@ def _read(reference: str) -> tuple[str, tuple[Form, ...]]:
 class Grader:
     """Grades answers: the fast path here, the rest behind the sandbox's wall.
 
-    Verdicts are kept (up to `remembered`), since samples of one problem repeat each other's answers.
+    Verdicts are kept (the latest MAX_VERDICTS), since samples of one problem repeat each other's answers.
     """
 
-    def __init__(
-        self, sandbox: Sandbox | None, *, cpu_seconds: float = SYMBOLIC_CPU_SECONDS, remembered: int = 20_000
-    ) -> None:
+    def __init__(self, sandbox: Sandbox | None, *, cpu_seconds: float = SYMBOLIC_CPU_SECONDS) -> None:
         self._sandbox = sandbox
         self._cpu_seconds = cpu_seconds  # of one symbolic grading
-        self._remembered = remembered
         self._verdicts: dict[tuple[str, str], bool] = {}
         self.symbolic_calls = 0
         self.ungradable = 0  # symbolic gradings that hit a limit or failed; they count as "not equal"
@@ -115,7 +113,7 @@ class Grader:
         known = self._verdicts.get(key)
         if known is None:
             known = await self._symbolic(self._sandbox, clean(answer), clean(reference))
-            if len(self._verdicts) >= self._remembered:
+            if len(self._verdicts) >= MAX_VERDICTS:
                 self._verdicts.pop(next(iter(self._verdicts)))
             self._verdicts[key] = known
         return known

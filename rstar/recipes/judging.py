@@ -26,12 +26,12 @@ Which solution is better: correct, clearly explained, every step justified? Comp
 _VERDICT = re.compile(r"verdict:?[\s*]*(a|b|tie)\b", re.IGNORECASE)
 
 
-async def judge(policy: Policy, duels: Sequence[tuple[str, str, str]], *, max_tokens: int = 512) -> dict[str, int]:
+async def judge(policy: Policy, duels: Sequence[tuple[str, str, str]]) -> dict[str, int]:
     """Judge each (question, ours, theirs) in both orders: how often ours won, lost, and neither.
 
     A win counts where both orders agree: a judge that prefers what comes first, or names nobody, gives a tie.
     """
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    params = SamplingParams(temperature=0.0, max_tokens=512)
 
     async def better(question: str, first: str, second: str) -> str:
         text = JUDGE_PROMPT.format(question=question, first=first, second=second)

@@ -79,21 +79,19 @@ def unsolved(folder: Path) -> list[Unsolved]:
     return votes.unsolved()
 
 
-def unsolved_text(run: Path, *, limit: int = 20, width: int = 100) -> str:
+def unsolved_text(run: Path, *, limit: int = 20) -> str:
     """The unsolved problems of the last finished search of a run; "" where there is none."""
     searched = [n for n in round_numbers(run) if n and RoundDir(run, n).record("search") is not None]
     if not searched:
         return ""
     rows = unsolved(RoundDir(run, searched[-1]).trees)
     head = f"{len(rows)} problems unsolved in round {searched[-1]}, by how often their most frequent answer was given"
-    return "\n".join(
-        [head, *_lines(rows[:limit], width), *([f"  and {n} more"] if (n := len(rows) - limit) > 0 else [])]
-    )
+    return "\n".join([head, *_lines(rows[:limit]), *([f"  and {n} more"] if (n := len(rows) - limit) > 0 else [])])
 
 
-def _lines(rows: Sequence[Unsolved], width: int) -> list[str]:
+def _lines(rows: Sequence[Unsolved]) -> list[str]:
     lines = []
     for row in rows:
         lines.append(clean(f"  {row.problem_id}: reference {row.reference}, given {row.given}").replace("\n", " "))
-        lines.append(textwrap.shorten(clean(row.question), width, initial_indent="    ", placeholder=" ..."))
+        lines.append(textwrap.shorten(clean(row.question), 100, initial_indent="    ", placeholder=" ..."))
     return lines

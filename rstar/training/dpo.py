@@ -107,12 +107,11 @@ class AdapterTrainer:
         adapters: Their names.
         section: Hyper-parameters, the same for all.
         seed: Of the adapters' first weights and of dropout.
-        device: Where it trains; empty: the last GPU, so that an engine on the first one is left alone, else the CPU.
     """
 
-    def __init__(self, base: str, adapters: Sequence[str], section: DpoSection, *, seed: int, device: str = "") -> None:
-        gpus = torch.cuda.device_count()
-        self.device = torch.device(device or (f"cuda:{gpus - 1}" if gpus else "cpu"))
+    def __init__(self, base: str, adapters: Sequence[str], section: DpoSection, *, seed: int) -> None:
+        gpus = torch.cuda.device_count()  # the last one: an engine on the first is left alone
+        self.device = torch.device(f"cuda:{gpus - 1}" if gpus else "cpu")
         self.section, self.seed = section, seed
         self.encoder = SegmentEncoder(load_tokenizer(base))
         loaded = load_policy(base, TrainSection(), self.encoder.tokenizer)

@@ -6,7 +6,6 @@ what it writes is noise. Its begin, end and padding tokens are three different o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,16 +31,15 @@ _TEXTS = (
 )
 
 
-def build_tiny_model(folder: Path, *, seed: int = 0, texts: Sequence[str] = ()) -> Path:
+def build_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     """Write a tiny Llama and its tokenizer to `folder` and return it. Equal arguments give equal weights.
 
     Args:
         folder: Created where missing.
         seed: Of the random weights; the global random state is left as it was.
-        texts: What the tokenizer is trained on beside the built-in lines of the step format.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer([*_TEXTS, *texts])
+    tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -65,7 +63,7 @@ def build_tiny_model(folder: Path, *, seed: int = 0, texts: Sequence[str] = ()) 
     return folder
 
 
-def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+def _tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -77,7 +75,7 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([*texts, *(d + "\n" for d in DELIMITERS)], trainer)
+    bpe.train_from_iterator([*_TEXTS, *(d + "\n" for d in DELIMITERS)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=_BOS,
