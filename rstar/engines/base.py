@@ -74,6 +74,14 @@ def squash(raw: float, scale: float) -> float:
     return math.tanh(raw / scale)
 
 
+def native_bf16() -> bool:
+    """Whether this CPU computes in bfloat16; where it has no such instructions, emulation is slower than float32."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 VALUE_HEAD_KEY = "rstar_value_head"  # of a verifier's config.json
 
 

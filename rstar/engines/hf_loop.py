@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from rstar.config import EngineSection
-from rstar.engines.base import EngineError
+from rstar.engines.base import EngineError, native_bf16
 from rstar.engines.hf_rows import ATTENTION
 from rstar.tokens import check_model_folder
 from rstar.types import Usage, UserError
@@ -168,12 +168,10 @@ def memory_limits(section: EngineSection) -> tuple[int, int]:
 
 
 def _dtype(section: EngineSection, device: str) -> torch.dtype:
-    """bfloat16 where the hardware computes in it, else float32: emulated bfloat16 is slower than float32."""
+    """auto is bfloat16 where the hardware computes in it, else float32."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if section.dtype == "auto":
-        able = torch.cpu.get_capabilities()
-        native = device != "cpu" or able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if device != "cpu" or native_bf16() else torch.float32
     if section.dtype not in names:
         raise UserError(f"engine.dtype={section.dtype}", need="one of auto, " + ", ".join(names))
     return names[section.dtype]

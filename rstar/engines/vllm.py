@@ -16,7 +16,6 @@ from typing import Any
 
 from rstar.engines import vllm_loop  # isort: skip - sets the environment before torch and vLLM are loaded
 
-import torch
 from vllm import PoolingParams
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.exceptions import VLLMClientError
@@ -27,7 +26,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.transformers_utils.config import get_config
 
 from rstar.config import EngineSection
-from rstar.engines.base import ContextOverflow, EngineError, squash
+from rstar.engines.base import ContextOverflow, EngineError, native_bf16, squash
 from rstar.engines.stop_and_continue import stop_and_continue
 from rstar.tokens import SegmentEncoder, check_model_folder, load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams, Usage, UserError
@@ -234,8 +233,7 @@ def _generation(sample: CompletionOutput) -> Generation:
 def _dtype(wanted: str, on_cpu: bool) -> str:
     if wanted != "auto" or not on_cpu:
         return wanted
-    able = torch.cpu.get_capabilities()  # without such instructions bfloat16 is emulated, slower than float32
-    return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    return "bfloat16" if native_bf16() else "float32"
 
 
 def _read_config(name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rstar.config import PpmSection, TrainSection
+from rstar.engines.base import native_bf16
 from rstar.store import complete_or_absent
 from rstar.training.packing import ATTENTION
 from rstar.types import UserError
@@ -156,8 +157,7 @@ def autocast_dtype(section: TrainSection) -> torch.dtype:
         raise UserError(f"train.dtype {section.dtype!r}", need="auto, float32 or bfloat16")
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+    return torch.bfloat16 if native_bf16() else torch.float32
 
 
 def save_model(
