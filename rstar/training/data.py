@@ -78,7 +78,7 @@ class EncodedRow:
         return len(self.scored) or int(self.trained.sum())
 
 
-def encode_sft(row: SftRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
+def encode_sft(row: SftRow | OutcomeRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
     """Path of a solution; targets are the tokens of the model's own segments and an end token after an own last one."""
     prompt = row.prompt_segments or (row.prompt,)
     segments = (*prompt, *(text for text, _ in row.segments))

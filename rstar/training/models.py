@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -132,21 +133,22 @@ def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     Kept where the tokenizer has a pad token that no text holds. Else the first special token takes its place that is
     not begin or end and not in the chat template; only where there is none, a token is added and the embeddings grow.
     """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-
-    def unused(token: str | None) -> bool:
-        return token is not None and token not in (tokenizer.eos_token, tokenizer.bos_token) and token not in template
-
-    if not unused(tokenizer.pad_token):
-        special = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
-        spare = next((token for token in special if unused(token)), None)
-        if spare is None:
-            spare = "<|pad|>"
-            tokenizer.add_special_tokens({"additional_special_tokens": [spare]})
-            if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-                model.resize_token_embeddings(len(tokenizer))
+    spare = spare_token(tokenizer, {tokenizer.eos_token, tokenizer.bos_token}, first=tokenizer.pad_token)
+    if spare is None:
+        spare = "<|pad|>"
+        tokenizer.add_special_tokens({"additional_special_tokens": [spare]})
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+    if spare != tokenizer.pad_token:
         tokenizer.pad_token = spare
     model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase, used: Set[str | None], first: str | None = None) -> str | None:
+    """The token `first`, else the first special one, that is not `used` and not in the chat template; None: no such."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    special = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
+    return next((t for t in (first, *special) if t is not None and t not in used and t not in template), None)
 
 
 def autocast_dtype(section: TrainSection) -> torch.dtype:

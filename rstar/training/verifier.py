@@ -30,7 +30,7 @@ from rstar.training.data import EncodedRow, encode_sft, nothing_to_train
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
 from rstar.training.losses import token_loss
-from rstar.training.models import HEAD_INIT_STD, load_policy, transformers_model
+from rstar.training.models import HEAD_INIT_STD, load_policy, spare_token, transformers_model
 from rstar.types import OutcomeRow, SftRow, TrainProgress, UserError
 
 LEVELS = ("token", "solution")
@@ -148,13 +148,7 @@ def verifier_rows(
 
     def encoded() -> Iterator[EncodedRow]:
         for row in outcomes:
-            solution = encode_sft(
-                SftRow(
-                    row.prompt, row.completion, row.segments, row.problem_id, row.tree_id, row.node_ids, row.weight,
-                    row.prompt_segments,
-                ),
-                encoder, section.max_length,
-            )  # fmt: skip
+            solution = encode_sft(row, encoder, section.max_length)
             places = np.flatnonzero(solution.trained)
             places = places if section.level == "token" else places[-1:]
             yield replace(
@@ -171,11 +165,10 @@ def reserve_token(model: Any, tokenizer: Any) -> int:
 
     A logit that means something else already would start the values far from their range.
     """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
-    special = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
-    name = next((text for text in special if text not in used and text not in template), "<|value|>")
-    if name not in special:
+    name = spare_token(tokenizer, used)
+    if name is None:
+        name = "<|value|>"
         tokenizer.add_tokens([name], special_tokens=True)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
