@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rstar.calculator import evaluate
 from rstar.types import Problem
 
 Number = int | float
@@ -192,38 +193,17 @@ def _trailing_expression(text: str) -> str:
 
 
 def _tidy(expression: str) -> str:
-    """One spacing, no leading zeros, `20%` as `20 / 100`."""
+    """One spacing, no leading zeros, no plus signs before a number, `20%` as `20 / 100`."""
     text = re.sub(rf"({_NUMBER})%", r"(\1 / 100)", expression.replace("x", "*"))
     text = re.sub(_NUMBER, lambda m: m.group().lstrip("0") if re.match(r"0[0-9]", m.group()) else m.group(), text)
     text = re.sub(r"(?<![0-9.])\.(?=[0-9])", "0.", text)
-    return re.sub(r"\s*([-+*/])\s*", r" \1 ", text.strip()).strip()
+    text = re.sub(r"(^|[-+*/(])[\s+]*\+", r"\1", text.strip())
+    return re.sub(r"\s*([-+*/])\s*", r" \1 ", text).strip()
 
 
 def _value(text: str) -> Fraction | None:
     """Exact value of an arithmetic expression."""
-    try:
-        return _exact(ast.parse(_tidy(text), mode="eval").body)
-    except (SyntaxError, ValueError, ArithmeticError):
-        return None
-
-
-def _exact(node: ast.expr) -> Fraction:
-    match node:
-        case ast.Constant(value=int() | float() as value):
-            return Fraction(str(value))
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_exact(operand)
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div() as operation, right=right):
-            first, second = _exact(left), _exact(right)
-            match operation:
-                case ast.Add():
-                    return first + second
-                case ast.Sub():
-                    return first - second
-                case ast.Mult():
-                    return first * second
-            return first / second
-    raise ValueError(ast.unparse(node))
+    return evaluate(_tidy(text))
 
 
 def _by_name(number: str, names: Mapping[Fraction, str], given: set[Fraction]) -> str:
