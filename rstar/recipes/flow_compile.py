@@ -17,7 +17,6 @@ from rstar.recipes.flow_figures import accuracy_table
 from rstar.recipes.flow_parts import (
     Config,
     adapters_of,
-    finished_eval,
     flow_pass,
     measured_accuracy,
     reference_rows,
@@ -27,7 +26,7 @@ from rstar.recipes.flow_parts import (
     single_pass,
 )
 from rstar.recipes.judging import judge
-from rstar.recipes.measuring import problem_trees
+from rstar.recipes.measuring import finished_eval, problem_trees
 from rstar.recipes.starting import seed_of
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest
@@ -156,7 +155,7 @@ def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
             tables.append(
                 {"title": "Judge, both orders", "heads": heads, "rows": [["problems", *map(str, verdicts.values())]]}
             )
-        return finished_eval(here, methods, [], tables, [s for arm in ARMS for s in shards(here.eval / arm)])
+        return finished_eval(here, methods, [s for arm in ARMS for s in shards(here.eval / arm)], tables=tables)
 
     def inputs() -> dict[str, str]:
         return {arm: input_digest(here, f"policy-{arm}") for arm in ARMS}

@@ -49,7 +49,6 @@ from rstar.recipes.flow_figures import accuracy_table, flow_table, margin_table,
 from rstar.recipes.flow_parts import (
     Config,
     adapters_of,
-    finished_eval,
     flow_pass,
     measured_accuracy,
     reference_rows,
@@ -60,7 +59,7 @@ from rstar.recipes.flow_parts import (
     stop_rows,
     trees_of,
 )
-from rstar.recipes.measuring import problem_trees
+from rstar.recipes.measuring import finished_eval, problem_trees
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
 from rstar.recipes.starting import files_read, seed_of
 from rstar.report.progress import Progress, TrainingProgress
@@ -165,7 +164,8 @@ def _frozen_stage(config: Config, run: RunDir) -> Stage:
         write_rows(here.pairs, pairs)
         methods = {name: measured_accuracy(config, folders[name]) for name in ("greedy", "flow")}
         tables = [flow_table({"untrained flow": trees_of(folders["pairs"])})]
-        return finished_eval(here, methods, [], tables, [here.pairs, *(s for f in folders.values() for s in shards(f))])
+        trees = [shard for folder in folders.values() for shard in shards(folder)]
+        return finished_eval(here, methods, [here.pairs, *trees], tables=tables)
 
     return Stage(
         here, "eval", settings_of(config), lambda: {"base": input_digest(here, "base")}, work, resumes=True,
@@ -266,7 +266,8 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
             flow_table({"untrained flow": trees_of(before.eval / "pairs"), "stream": trees_of(here.path)}),
             margin_table(margins, dict(trainer.steps), stale),
         ]
-        return finished_eval(here, {"flow": measured}, [progressive_curve(outcomes)], tables, shards(folder))
+        curves = [progressive_curve(outcomes)]
+        return finished_eval(here, {"flow": measured}, shards(folder), curves=curves, tables=tables)
 
     def inputs() -> dict[str, str]:
         return {"stream": input_digest(here, "stream"), "frozen": input_digest(before, "eval")}

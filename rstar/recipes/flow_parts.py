@@ -30,9 +30,9 @@ from rstar.recipes.base_model import absolute
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.verification import evaluated
 from rstar.report.progress import SearchProgress
-from rstar.rounds import RunDir, StageResult
+from rstar.rounds import RunDir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.store import read_json, write_json
+from rstar.store import read_json
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
 from rstar.types import Problem, PromptText, SftRow
@@ -183,17 +183,6 @@ def measured_accuracy(config: Config, folder: Path) -> dict[str, Any]:
     """Accuracy of the greedy solutions in a folder: one answer a problem."""
     one = evaluated(folder, config.sandbox, oracle_only=True)
     return {**one, "measures": {"accuracy": one["measures"]["oracle"]}}
-
-
-def finished_eval(
-    here: Any, methods: dict[str, Any], curves: list[Any], tables: list[Any], outputs: Sequence[Path]
-) -> StageResult:
-    """Write eval.json, which the report reads, and say what the stage has made."""
-    write_json(here.eval_json, {"round": here.number, "methods": methods, "curves": curves, "tables": tables})
-    folder = here.path.resolve()
-    files = (here.eval_json, *(here.path / path.resolve().relative_to(folder) for path in outputs))
-    counts = {name: {k: v for k, v in one.items() if k != "records"} for name, one in methods.items()}
-    return StageResult(files, {**counts, "tables": tables})
 
 
 def adapters_of(run: RunDir) -> Path:

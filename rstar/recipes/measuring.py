@@ -14,10 +14,11 @@ from typing import Any
 from rstar.config import EvalSection, SandboxSection, SearchSection
 from rstar.evaluation import EvalRecord, by_level, eval_record, measures
 from rstar.grading import Grader, is_equivalent_fast
+from rstar.rounds import RoundDir, StageResult
 from rstar.sandbox import Sandbox
 from rstar.search.collect import SearchPass, check_search
 from rstar.search.failures import infrastructure_failures
-from rstar.store import index, read_frame, read_trees
+from rstar.store import index, read_frame, read_trees, write_json
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
 
@@ -104,12 +105,30 @@ def evaluate(method: str, folder: Path, section: EvalSection, sandbox: SandboxSe
     records = asyncio.run(eval_records(problem_trees(folder), sandbox))
     return {
         "measures": {name: asdict(m) for name, m in measures(method, records, top_k=section.top_k).items()},
+        **costs(records),
+    }
+
+
+def costs(records: Sequence[EvalRecord]) -> dict[str, Any]:
+    """What every method of eval.json says beside its measures: its costs and its records."""
+    return {
         "problems": len(records),
         "tokens": sum(r.tokens for r in records),
         "engine_calls": sum(r.engine_calls for r in records),
         "seconds": round(sum(r.seconds for r in records), 2),
         "records": [asdict(r) for r in records],
     }
+
+
+def finished_eval(
+    here: RoundDir, methods: dict[str, Any], outputs: Iterable[Path], **shown: list[dict[str, Any]]
+) -> StageResult:
+    """Write eval.json, with the curves and tables that the report draws; say what the stage has made."""
+    write_json(here.eval_json, {"round": here.number, "methods": methods, **shown})
+    folder = here.path.resolve()
+    files = (here.eval_json, *(here.path / path.resolve().relative_to(folder) for path in outputs))
+    counts = {name: {k: v for k, v in one.items() if k != "records"} for name, one in methods.items()}
+    return StageResult(files, counts | {k: v for k, v in shown.items() if k == "tables"})
 
 
 async def eval_records(groups: Iterable[Sequence[Tree]], section: SandboxSection) -> list[EvalRecord]:

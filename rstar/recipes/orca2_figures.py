@@ -14,8 +14,7 @@ from rstar.config import SandboxSection
 from rstar.evaluation import Measure, bootstrap, measures, paired
 from rstar.extract.explanations import Explanation
 from rstar.problems import ProblemSet, load_benchmark
-from rstar.recipes.flow_parts import finished_eval
-from rstar.recipes.measuring import eval_records, problem_trees
+from rstar.recipes.measuring import costs, eval_records, finished_eval, problem_trees
 from rstar.recipes.strategies import strategy_of
 from rstar.report.results import measure
 from rstar.rounds import RoundDir, StageResult
@@ -67,12 +66,8 @@ def measured(
     }
     return {
         "measures": {name: asdict(one) for name, one in found.items()},
-        "problems": len(records),
-        "tokens": sum(r.tokens for r in records),
-        "engine_calls": sum(r.engine_calls for r in records),
-        "seconds": round(sum(r.seconds for r in records), 2),
         "tasks": per_task,
-        "records": [asdict(r) for r in records],
+        **costs(records),
     }
 
 
@@ -87,7 +82,7 @@ def finished(
     tables = [_task_table(method, one, name) for method, one in methods.items()]
     if first is not None:
         tables.append(_against(methods, read_json(first)["methods"], name))
-    return finished_eval(here, methods, [], tables, outputs)
+    return finished_eval(here, methods, outputs, tables=tables)
 
 
 def _task_table(method: str, one: Mapping[str, Any], name: str) -> dict[str, Any]:

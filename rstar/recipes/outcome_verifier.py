@@ -62,13 +62,13 @@ from rstar.problems import ProblemSet, load_problems
 from rstar.problems.worked import in_words
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import problem_trees, tree_counts
+from rstar.recipes.measuring import finished_eval, problem_trees, tree_counts
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.store import shards, write_json, write_rows
+from rstar.store import shards, write_rows
 from rstar.types import OutcomeRow, Problem, SftRow, UserError
 
 
@@ -263,7 +263,7 @@ def _baseline_stage(config: Config, run: RunDir) -> Stage:
         best = f"greedy, {section.epochs[-1]} epochs"  # the baseline of the tables
         methods["greedy"] = methods.pop(best)
         curves = [curve("Fine-tuning alone, % of held-out problems", "epochs", series)]
-        return _measured(here, methods, curves, shown)
+        return finished_eval(here, methods, shown, curves=curves)
 
     def inputs() -> dict[str, str]:
         return {name: input_digest(here, name) for name, _ in (_model(config, run, e) for e in _epochs(config))}
@@ -393,7 +393,7 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
         verifier = str(here.path / "verifier")
         _search(config, str(run.round(0).policy), found, _heldout(config), f"round {number} ranking", verifier=verifier)
         one = evaluated(folder, config.sandbox, voters=section.voters, sizes=section.sizes)
-        return _measured(here, {"verifier": one}, one.pop("curves"), shards(folder))
+        return finished_eval(here, {"verifier": one}, shards(folder), curves=one.pop("curves"))
 
     def inputs() -> dict[str, str]:
         return {"verifier": input_digest(here, "verifier"), "candidates": input_digest(run.round(1), "candidates")}
@@ -414,11 +414,3 @@ def _eval_settings(config: Config, *keys: str) -> dict[str, Any]:
 
 def _heldout(config: Config) -> tuple[Problem, ...]:
     return load_problems(config.problems).heldout[: config.eval.problems or None]
-
-
-def _measured(here: RoundDir, methods: dict[str, Any], curves: list[Any], outputs: list[Path]) -> StageResult:
-    write_json(here.eval_json, {"round": here.number, "methods": methods, "curves": curves})
-    folder = here.path.resolve()
-    files = (here.eval_json, *(here.path / path.resolve().relative_to(folder) for path in outputs))
-    counts = {name: {k: v for k, v in one.items() if k != "records"} for name, one in methods.items()}
-    return StageResult(files, counts)

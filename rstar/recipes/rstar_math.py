@@ -93,6 +93,7 @@ from rstar.recipes.measuring import (
     check_searches,
     eval_passes,
     evaluate,
+    finished_eval,
     problem_limit,
     problem_trees,
     tree_counts,
@@ -103,7 +104,7 @@ from rstar.recipes.starting import check_bootstrap, files_read, seed_of, serves_
 from rstar.report.progress import SearchProgress, TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass, unfinished
-from rstar.store import index, path_digest, shards, write_json, write_rows
+from rstar.store import index, path_digest, shards, write_rows
 from rstar.tokens import check_tokenizer, load_tokenizer, question_wrapper
 from rstar.tree import Tree
 from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
@@ -422,12 +423,6 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
         with SearchProgress(f"round {number} evaluation", total=total, already=total - len(todo)) as progress:
             search_all(job, todo, config.cluster, progress)
         results = {m: evaluate(m, passes[m].folder, config.eval, config.sandbox) for m in passes}
-        write_json(here.eval_json, {"round": number, "methods": results})
-        outputs = [here.eval_json, *(shard for one in passes.values() for shard in shards(one.folder))]
-        folder = here.path.resolve()
-        return StageResult(
-            tuple(here.path / p.resolve().relative_to(folder) for p in outputs),
-            {m: {k: v for k, v in result.items() if k != "records"} for m, result in results.items()},
-        )
+        return finished_eval(here, results, (shard for one in passes.values() for shard in shards(one.folder)))
 
     return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(here.eval,))

@@ -13,7 +13,7 @@ import numpy as np
 
 from rstar.config import SandboxSection
 from rstar.evaluation import Candidate, EvalRecord, Measure, Pick, bootstrap, chosen_share, pass_at_k, top_score, vote
-from rstar.recipes.measuring import eval_records, problem_trees
+from rstar.recipes.measuring import costs, eval_records, problem_trees
 
 Curve = dict[str, Any]
 """{title, x_name, series: {name: [[x, mean, low, high], ...]}}: what eval.json keeps and the report draws."""
@@ -32,21 +32,14 @@ def evaluated(
     `oracle_only`: the one measure is whether any of the samples is right (test@N).
     """
     records = asyncio.run(eval_records(problem_trees(folder), sandbox))
-    found: dict[str, Any] = {
-        "problems": len(records),
-        "tokens": sum(r.tokens for r in records),
-        "engine_calls": sum(r.engine_calls for r in records),
-        "seconds": round(sum(r.seconds for r in records), 2),
-        "records": [asdict(r) for r in records],
-    }
     if oracle_only:
         n = max((record.samples for record in records), default=0)
-        return {"measures": {"oracle": asdict(_oracle(records, n))}, **found}
+        return {"measures": {"oracle": asdict(_oracle(records, n))}, **costs(records)}
     measures = verification_measures(records, voters[1])
     return {
         "measures": {name: asdict(measure) for name, measure in measures.items()},
         "ranking": ranking(records),
-        **found,
+        **costs(records),
         "curves": verification_curves(records, sizes, voters),
     }
 
