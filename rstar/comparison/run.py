@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import ray_session, search_all
+from rstar.cluster import ray_session
 from rstar.comparison.methods import Line, Records, Row, equal_tokens, lines, rows
 from rstar.config import (
     ClusterSection,
@@ -34,9 +34,8 @@ from rstar.problems import BENCHMARKS, load_benchmark, needs_image
 from rstar.problems.records import Fields, read_problems
 from rstar.recipes import load_config
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import eval_records, eval_search, problem_trees
-from rstar.report.progress import SearchProgress
-from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.recipes.measuring import eval_records, eval_search, problem_trees, search_passes
+from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import file_digest
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
@@ -317,10 +316,7 @@ def _search(
         policy=contender.policy,
         ppm=scorer,
     )
-    todo = [item for i, (q, _) in enumerate(passes) for item in unfinished(q.problems, job, i)]
-    total = sum(len(q.problems) for q, _ in passes)
-    with SearchProgress(f"{contender.name}, {title}", total=total, already=total - len(todo)) as progress:
-        search_all(job, todo, settings.cluster, progress)
+    search_passes(job, [q.problems for q, _ in passes], settings.cluster, f"{contender.name}, {title}")
 
 
 def read_records(passes: Sequence[tuple[Questions, SearchPass, Sequence[int]]], settings: Settings) -> list[Records]:

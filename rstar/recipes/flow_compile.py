@@ -20,13 +20,12 @@ from rstar.recipes.flow_parts import (
     flow_pass,
     measured_accuracy,
     reference_rows,
-    search,
     search_job,
     settings_of,
     single_pass,
 )
 from rstar.recipes.judging import judge
-from rstar.recipes.measuring import finished_eval, problem_trees
+from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
 from rstar.recipes.starting import seed_of
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest
@@ -57,9 +56,10 @@ def solutions_stage(config: Config, run: RunDir, number: int) -> Stage:
     def work() -> StageResult:
         pool, base = load_problems(config.problems).train, base_checkpoint(config, run)
         mine = single_pass(config, here.path / "self", graded=True, samples=config.compile.samples)
-        search(config, search_job(config, base, [mine]), [pool], "self-generated solutions")
+        search_passes(search_job(config, base, [mine]), [pool], config.cluster, "self-generated solutions")
         flow = flow_pass(config, here.path / "flow", graded=True)
-        search(config, search_job(config, base, [flow], adapters_of(run)), [pool], "the flow's solutions")
+        job = search_job(config, base, [flow], adapters_of(run))
+        search_passes(job, [pool], config.cluster, "the flow's solutions")
         found = {name: list(problem_trees(here.path / name)) for name in ("self", "flow")}
         solved = {name: sum(any(tree.solved for tree in trees) for trees in one) for name, one in found.items()}
         return StageResult(
@@ -142,7 +142,7 @@ def compiled_stage(config: Config, run: RunDir, number: int) -> Stage:
         for arm in ARMS:
             folder = here.eval / arm
             job = search_job(config, str(here.path / f"policy-{arm}"), [single_pass(config, folder)])
-            search(config, job, [heldout], f"fine-tuned on {arm} solutions")
+            search_passes(job, [heldout], config.cluster, f"fine-tuned on {arm} solutions")
             methods[f"SFT on {arm}"] = measured_accuracy(config, folder)
         untrained = read_json(run.round(0).eval_json)["methods"]["greedy"]
         record = here.record("extract")

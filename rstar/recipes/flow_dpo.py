@@ -52,14 +52,13 @@ from rstar.recipes.flow_parts import (
     flow_pass,
     measured_accuracy,
     reference_rows,
-    search,
     search_job,
     settings_of,
     single_pass,
     stop_rows,
     trees_of,
 )
-from rstar.recipes.measuring import finished_eval, problem_trees
+from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
 from rstar.recipes.starting import files_read, seed_of
 from rstar.report.progress import Progress, TrainingProgress
@@ -157,9 +156,8 @@ def _frozen_stage(config: Config, run: RunDir) -> Stage:
         ]
         passes[-1] = replace(passes[-1], search=replace(config.search, rollouts=1))
         sets = [pool.train if name.startswith("stream") else pool.heldout for name in folders]
-        search(
-            config, search_job(config, base_checkpoint(config, run), passes), sets, "untrained flow and single model"
-        )
+        job = search_job(config, base_checkpoint(config, run), passes)
+        search_passes(job, sets, config.cluster, "untrained flow and single model")
         pairs = [row for (tree,) in problem_trees(folders["pairs"]) for row in flow_pairs(tree)]
         write_rows(here.pairs, pairs)
         methods = {name: measured_accuracy(config, folders[name]) for name in ("greedy", "flow")}
@@ -237,12 +235,8 @@ def _trained_stage(config: Config, run: RunDir) -> Stage:
         from rstar.types import PreferenceRow
 
         folder, heldout = here.eval / "flow", load_problems(config.problems).heldout
-        search(
-            config,
-            search_job(config, base_checkpoint(config, run), [flow_pass(config, folder)], adapters_of(run)),
-            [heldout],
-            "trained flow",
-        )
+        job = search_job(config, base_checkpoint(config, run), [flow_pass(config, folder)], adapters_of(run))
+        search_passes(job, [heldout], config.cluster, "trained flow")
         predictions, _ = read_stream(here.path)
         outcomes = {"trained flow": [p.correct for p in predictions]}
         for name, trees in (("frozen flow", "stream-flow"), ("single model", "stream-single")):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import search_all
 from rstar.config import (
     ClusterSection,
     DpoSection,
@@ -29,9 +28,8 @@ from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, step_prompt
 from rstar.recipes.base_model import absolute
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.verification import evaluated
-from rstar.report.progress import SearchProgress
 from rstar.rounds import RunDir
-from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import read_json
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
@@ -156,14 +154,6 @@ def search_job(config: Config, model: str, passes: Sequence[SearchPass], adapter
         passes=tuple(passes), engine=config.engine, sandbox=config.sandbox, model=config.model, policy=absolute(model),
         recipe=config.recipe, adapters=folders, lora_rank=config.dpo.lora_rank if adapters else 0,
     )  # fmt: skip
-
-
-def search(config: Config, job: SearchJob, sets: Sequence[Sequence[Problem]], name: str) -> None:
-    """Run the passes of a job, each on its own problems, from where they stand."""
-    todo = [item for i, problems in enumerate(sets) for item in unfinished(problems, job, i)]
-    total = sum(map(len, sets))
-    with SearchProgress(name, total=total, already=total - len(todo)) as progress:
-        search_all(job, todo, config.cluster, progress)
 
 
 def settings_of(config: Config, *more: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every recipe reads off its trees: counts of a search, and the methods of an evaluation."""
+"""What every recipe does with trees: grow them, read counts off them, and the methods of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,31 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rstar.config import EvalSection, SandboxSection, SearchSection
+from rstar.cluster import dear_first, search_all
+from rstar.config import ClusterSection, EvalSection, SandboxSection, SearchSection
 from rstar.evaluation import EvalRecord, by_level, eval_record, measures
 from rstar.grading import Grader, is_equivalent_fast
+from rstar.report.progress import SearchProgress
 from rstar.rounds import RoundDir, StageResult
 from rstar.sandbox import Sandbox
-from rstar.search.collect import SearchPass, check_search
+from rstar.search.collect import SearchJob, SearchPass, check_search, unfinished
 from rstar.search.failures import infrastructure_failures
 from rstar.store import index, read_frame, read_trees, write_json
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
+
+
+def search_passes(
+    job: SearchJob, sets: Sequence[Sequence[Problem]], cluster: ClusterSection, name: str, *, before: Path | None = None
+) -> None:
+    """Run the passes of a job, each on its own problems, from where they stand; `name` is what the progress shows.
+
+    `before`: a folder of trees of the same problems; those that were dear there come first.
+    """
+    todo = [item for i, problems in enumerate(sets) for item in unfinished(problems, job, i)]
+    total = sum(map(len, sets))
+    with SearchProgress(name, total=total, already=total - len(todo)) as progress:
+        search_all(job, dear_first(todo, before) if before else todo, cluster, progress)
 
 
 def problem_trees(folder: Path) -> Iterator[list[Tree]]:

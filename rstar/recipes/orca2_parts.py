@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import search_all
 from rstar.config import (
     ClusterSection,
     EngineSection,
@@ -21,8 +20,8 @@ from rstar.config import (
 )
 from rstar.extract.explanations import Explanation, explanation
 from rstar.recipes.base_model import absolute
-from rstar.report.progress import SearchProgress
-from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.recipes.measuring import search_passes
+from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import read_trees, shards
 from rstar.types import Problem
 
@@ -125,10 +124,7 @@ def ask(
         policy=absolute(name_of) if (name_of := policy or who.model.base) else "",
         recipe=config.recipe,
     )
-    todo = [item for i, (_, _, problems) in enumerate(told) for item in unfinished(problems, job, i)]
-    total = sum(len(problems) for _, _, problems in told)
-    with SearchProgress(name, total=total, already=total - len(todo)) as progress:
-        search_all(job, todo, config.cluster, progress)
+    search_passes(job, [problems for _, _, problems in told], config.cluster, name)
 
 
 def answers(config: Config, root: Path, name: str) -> Iterator[Explanation]:

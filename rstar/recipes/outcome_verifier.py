@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Any
 
 from rstar.calculator import annotate
-from rstar.cluster import search_all
 from rstar.config import (
     ClusterSection,
     EngineSection,
@@ -62,12 +61,12 @@ from rstar.problems import ProblemSet, load_problems
 from rstar.problems.worked import in_words
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import finished_eval, problem_trees, tree_counts
+from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.verification import curve, evaluated
-from rstar.report.progress import SearchProgress, TrainingProgress
+from rstar.report.progress import TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
-from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import shards, write_rows
 from rstar.types import OutcomeRow, Problem, SftRow, UserError
 
@@ -320,10 +319,7 @@ def _search(
         ppm=absolute(verifier) if verifier else "",
         recipe=config.recipe,
     )
-    todo = [item for i in range(len(passes)) for item in unfinished(problems, job, i)]
-    total = len(problems) * len(passes)
-    with SearchProgress(name, total=total, already=total - len(todo)) as progress:
-        search_all(job, todo, config.cluster, progress)
+    search_passes(job, [problems] * len(passes), config.cluster, name)
 
 
 # -- a verifier ------------------------------------------------------------------------------------------------------

@@ -68,7 +68,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import dear_first, search_all
 from rstar.config import (
     BootstrapSection,
     ClusterSection,
@@ -96,14 +95,15 @@ from rstar.recipes.measuring import (
     finished_eval,
     problem_limit,
     problem_trees,
+    search_passes,
     tree_counts,
     unsolved,
 )
 from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.recipes.starting import check_bootstrap, files_read, seed_of, serves_checkpoints, travelling
-from rstar.report.progress import SearchProgress, TrainingProgress
+from rstar.report.progress import TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
-from rstar.search.collect import SearchJob, SearchPass, unfinished
+from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import index, path_digest, shards, write_rows
 from rstar.tokens import check_tokenizer, load_tokenizer, question_wrapper
 from rstar.tree import Tree
@@ -265,10 +265,7 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
         )
 
         def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
-            todo = dear_first(unfinished(problems, job, 0), before.trees)
-            total = len(problems)
-            with SearchProgress(f"round {number} {name}", total=total, already=total - len(todo)) as progress:
-                search_all(job, todo, config.cluster, progress)
+            search_passes(job, [problems], config.cluster, f"round {number} {name}", before=before.trees)
 
         search(job, unsolved(pool, here.trees) if unsolved_only else pool, "search")
         if again := second_pass(config.search):
@@ -417,11 +414,8 @@ def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
             policy=absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
             ppm=absolute(str(here.ppm)) if with_ppm else "",
         )
-        sets = {m: heldout[: problem_limit(m, config.eval)] for m in passes}
-        todo = [item for i, m in enumerate(passes) for item in unfinished(sets[m], job, i)]
-        total = sum(len(problems) for problems in sets.values())
-        with SearchProgress(f"round {number} evaluation", total=total, already=total - len(todo)) as progress:
-            search_all(job, todo, config.cluster, progress)
+        sets = [heldout[: problem_limit(m, config.eval)] for m in passes]
+        search_passes(job, sets, config.cluster, f"round {number} evaluation")
         results = {m: evaluate(m, passes[m].folder, config.eval, config.sandbox) for m in passes}
         return finished_eval(here, results, (shard for one in passes.values() for shard in shards(one.folder)))
 
