@@ -43,7 +43,7 @@ from rstar.config import (
 from rstar.extract.flow_pairs import flow_pairs
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.generated import fresh
-from rstar.recipes.base_model import base_checkpoint, base_model, with_delimiters
+from rstar.recipes.base_model import base_checkpoint, check_base, start_of
 from rstar.recipes.flow_compile import compile_stages
 from rstar.recipes.flow_figures import accuracy_table, flow_table, margin_table, progressive_curve
 from rstar.recipes.flow_parts import (
@@ -93,16 +93,13 @@ def check_settings(config: Config) -> None:
 
 def check(config: Config) -> ProblemSet:
     """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
-    from rstar.tokens import check_tokenizer, load_tokenizer
-
     if importlib.util.find_spec("peft") is None:
         raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install -e '.[lora]'")
     check_settings(config)
     problems = load_problems(config.problems)
     if not problems.heldout or not problems.train:
         raise UserError("no training or no held-out problems", need="both", how="see problems.*")
-    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
-    check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
+    check_base(config)
     return problems
 
 
@@ -115,11 +112,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
     settings |= {"search": {"form": config.search.form}, "run": seed_of(config.run)}
 
     def work() -> StageResult:
-        base, outputs = base_model(config.model, run.path, seed=config.run.seed), list[Path]()
-        if config.model.step_tokens:
-            from rstar.training.vocabulary import with_step_tokens
-
-            base, outputs = str(with_step_tokens(base, with_delimiters(run))), [with_delimiters(run)]
+        base, outputs = start_of(config, run)
         if not config.warmup.enabled:
             return StageResult(tuple(outputs), {"base": base})
         from rstar.training.sft import train_policy

@@ -42,7 +42,7 @@ from rstar.config import ProblemsSection, for_round, to_dict
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation_row, few_shot_rows
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.overlap import text_key
-from rstar.recipes.base_model import base_model
+from rstar.recipes.base_model import base_model, check_base
 from rstar.recipes.flow_parts import solution_text
 from rstar.recipes.measuring import tree_counts
 from rstar.recipes.orca2_figures import by_strategy, finished, heldout_problems, measured
@@ -63,7 +63,7 @@ from rstar.recipes.strategies import Strategies, choose, load_strategies
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.store import read_json, write_json, write_rows
-from rstar.tokens import check_tokenizer, load_tokenizer, wrap_question
+from rstar.tokens import load_tokenizer, wrap_question
 from rstar.types import Problem, SftRow, UserError
 
 __all__ = ["Config", "check", "progression", "stages"]
@@ -113,8 +113,7 @@ def check(config: Config) -> ProblemSet:
     if config.weaker.epochs and not strategies.messages:
         raise UserError(f"{config.orca.strategies} has no messages", need="some, or weaker.epochs=0")
     heldout_problems(config.eval.benchmarks, problems, config.eval.problems)
-    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
-    check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
+    check_base(config)
     return problems
 
 

@@ -60,7 +60,7 @@ from rstar.extract.outcomes import outcome_rows
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.worked import in_words
 from rstar.prompts import step_prompt
-from rstar.recipes.base_model import absolute, base_model
+from rstar.recipes.base_model import absolute, check_base, start_checkpoint, start_of
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.verification import curve, evaluated
@@ -136,14 +136,11 @@ def check_settings(config: Config) -> None:
 
 def check(config: Config) -> ProblemSet:
     """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
-    from rstar.tokens import check_tokenizer, load_tokenizer
-
     check_settings(config)
     problems = load_problems(config.problems)
     if not problems.heldout:
         raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
-    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
-    check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
+    check_base(config)
     return problems
 
 
@@ -168,12 +165,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
     def work() -> StageResult:
         from rstar.tokens import question_wrapper
 
-        base, outputs = base_model(config.model, run.path, seed=config.run.seed), [here.sft]
-        if config.model.step_tokens:
-            from rstar.training.vocabulary import with_step_tokens
-
-            base = str(with_step_tokens(base, here.path / "start"))
-            outputs.append(here.path / "start")
+        base, outputs = start_of(config, run)
         pool, wrap = load_problems(config.problems), question_wrapper(base, config.model)
         if form == "steps":
             from rstar.warmup import warmup_rows
@@ -182,7 +174,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         else:
             rows = [_reference_row(problem, wrap) for problem in pool.train]
         write_rows(here.sft, rows)
-        return StageResult(tuple(outputs), {"base": base, "rows": len(rows), "problems": len(pool.train)})
+        return StageResult((here.sft, *outputs), {"base": base, "rows": len(rows), "problems": len(pool.train)})
 
     return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
 
@@ -198,12 +190,6 @@ def _reference_row(problem: Problem, wrap: Callable[[str], str]) -> SftRow:
         node_ids=(),
         prompt_segments=prompt.segments,
     )
-
-
-def _base(config: Config, run: RunDir) -> str:
-    if config.model.step_tokens:
-        return str(run.round(0).path / "start")
-    return base_model(config.model, run.path, seed=config.run.seed)
 
 
 def _epochs(config: Config) -> list[float]:
@@ -228,8 +214,9 @@ def _fine_tuning_stage(config: Config, run: RunDir, epochs: float) -> Stage:
         from rstar.training.sft import train_policy
 
         rows = read_rows(here.sft, SftRow)
+        start = start_checkpoint(config, run)
         with TrainingProgress(f"fine-tuning, {section.epochs:g} epochs") as progress:
-            result = train_policy(rows, _base(config, run), output, section, seed=config.run.seed, on_progress=progress)
+            result = train_policy(rows, start, output, section, seed=config.run.seed, on_progress=progress)
         return StageResult((output,), {"rows": len(rows), **asdict(result)})
 
     settings = {"sft": to_dict(section), "run": seed_of(config.run)}
@@ -368,7 +355,8 @@ def _verifier_stage(config: Config, run: RunDir, number: int) -> Stage:
         from rstar.training.data import read_rows
         from rstar.training.verifier import train_verifier
 
-        body = {"generator": str(run.round(0).policy), "base": _base(config, run)}.get(section.init, section.init)
+        bodies = {"generator": str(run.round(0).policy), "base": start_checkpoint(config, run)}
+        body = bodies.get(section.init, section.init)
         rows, references = read_rows(_outcomes(here), OutcomeRow), read_rows(run.round(0).sft, SftRow)
         with TrainingProgress(f"round {number} verifier") as progress:
             result = train_verifier(

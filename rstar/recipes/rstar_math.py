@@ -87,7 +87,7 @@ from rstar.config import (
 )
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
-from rstar.recipes.base_model import absolute, base_checkpoint, base_model, with_delimiters
+from rstar.recipes.base_model import absolute, base_checkpoint, base_model, start_of
 from rstar.recipes.measuring import (
     check_searches,
     eval_passes,
@@ -193,21 +193,16 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         settings["sft"] = {key: value for key, value in _shaping(config.sft).items() if key not in own}
 
     def work() -> StageResult:
-        base, outputs = base_model(config.model, run.path, seed=config.run.seed), []
-        pool = load_problems(config.problems)
+        (start, outputs), pool = start_of(config, run), load_problems(config.problems)
         found = {"train": len(pool.train), "heldout": len(pool.heldout), "dropped": dict(pool.dropped)}
+        base = base_model(config.model, run.path, seed=config.run.seed)
         counts = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
-        if config.model.step_tokens:
-            from rstar.training.vocabulary import with_step_tokens
-
-            base = str(with_step_tokens(base, with_delimiters(run)))
-            outputs.append(with_delimiters(run))
         if not config.warmup.enabled:
             return StageResult(tuple(outputs), counts)
         from rstar.training.sft import train_policy
         from rstar.warmup import warmup_rows
 
-        rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, question_wrapper(base, config.model))
+        rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, question_wrapper(start, config.model))
         section = replace(
             config.sft,
             epochs=config.warmup.epochs,
@@ -215,7 +210,7 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
             batch_size=config.warmup.batch_size,
         )
         with TrainingProgress("warm-up") as progress:
-            result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
+            result = train_policy(rows, start, here.policy, section, seed=config.run.seed, on_progress=progress)
         return StageResult((*outputs, here.policy), counts | asdict(result))
 
     return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
