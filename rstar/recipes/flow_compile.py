@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rstar.recipes.flow_parts import (
 from rstar.recipes.judging import judge
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
 from rstar.recipes.starting import seed_of
-from rstar.report.progress import TrainingProgress
+from rstar.recipes.training import fine_tune
 from rstar.rounds import RunDir, Stage, StageResult, input_digest
 from rstar.store import read_json, shards, write_rows
 from rstar.types import SftRow, UserError
@@ -119,15 +119,9 @@ def policy_stage(config: Config, run: RunDir, number: int, arm: str) -> Stage:
     here = run.round(number)
 
     def work() -> StageResult:
-        from rstar.training.data import read_rows
-        from rstar.training.sft import train_policy
-
-        rows, output = read_rows(here.path / f"{arm}.jsonl", SftRow), here.path / f"policy-{arm}"
-        with TrainingProgress(f"fine-tuning on {arm} solutions") as progress:
-            result = train_policy(
-                rows, base_checkpoint(config, run), output, config.sft, seed=config.run.seed, on_progress=progress
-            )
-        return StageResult((output,), asdict(result))
+        rows, output, title = here.path / f"{arm}.jsonl", here.path / f"policy-{arm}", f"fine-tuning on {arm} solutions"
+        result = fine_tune(rows, base_checkpoint(config, run), output, config.sft, config.run.seed, title)
+        return StageResult((output,), result)
 
     settings = {"sft": to_dict(config.sft), "run": seed_of(config.run)}
     return Stage(here, f"policy-{arm}", settings, lambda: {"rows": input_digest(here, "extract")}, work)

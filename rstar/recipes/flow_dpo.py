@@ -33,7 +33,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rstar.config import (
@@ -61,7 +61,8 @@ from rstar.recipes.flow_parts import (
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
 from rstar.recipes.starting import files_read, seed_of
-from rstar.report.progress import Progress, TrainingProgress
+from rstar.recipes.training import fine_tune
+from rstar.report.progress import Progress
 from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
 from rstar.store import read_json, shards, write_rows
@@ -115,8 +116,6 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         base, outputs = start_of(config, run)
         if not config.warmup.enabled:
             return StageResult(tuple(outputs), {"base": base})
-        from rstar.training.sft import train_policy
-
         pool, own = load_problems(config.problems), config.warmup
         problems = pool.train
         if own.source == "families":
@@ -127,9 +126,8 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         section = replace(
             config.sft, epochs=own.epochs, learning_rate=own.learning_rate, batch_size=own.batch_size, lora_rank=0
         )
-        with TrainingProgress("warm-up") as progress:
-            result = train_policy(rows, base, here.policy, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((*outputs, here.policy), {"base": base, **asdict(result)})
+        result = fine_tune(rows, base, here.policy, section, config.run.seed, "warm-up")
+        return StageResult((*outputs, here.policy), {"base": base, **result})
 
     return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
 

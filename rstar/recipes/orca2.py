@@ -34,7 +34,7 @@ O12 teachers answer greedily; the paper does not say. No switch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,11 @@ from rstar.recipes.orca2_parts import (
 )
 from rstar.recipes.starting import seed_of
 from rstar.recipes.strategies import Strategies, choose, load_strategies
-from rstar.report.progress import TrainingProgress
+from rstar.recipes.training import fine_tune
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.store import read_json, write_json, write_rows
 from rstar.tokens import load_tokenizer, wrap_question
-from rstar.types import Problem, SftRow, UserError
+from rstar.types import Problem, UserError
 
 __all__ = ["Config", "check", "progression", "stages"]
 
@@ -153,13 +153,9 @@ def _train_stage(config: Config, run: RunDir, name: str, number: int = 1) -> Sta
     rows_stage = "extract" if name == "policy" else f"{name}-rows"
 
     def work() -> StageResult:
-        from rstar.training.data import read_rows
-        from rstar.training.sft import train_policy
-
-        rows, output = read_rows(_rows(here, name), SftRow), here.path / name
-        with TrainingProgress(f"round {number} {name}, {section.epochs:g} epochs") as progress:
-            result = train_policy(rows, start, output, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((output,), {"rows": len(rows), "start": start, "epochs": section.epochs, **asdict(result)})
+        output, title = here.path / name, f"round {number} {name}, {section.epochs:g} epochs"
+        result = fine_tune(_rows(here, name), start, output, section, config.run.seed, title)
+        return StageResult((output,), {"start": start, "epochs": section.epochs, **result})
 
     def inputs() -> dict[str, str]:
         return {"rows": input_digest(here, rows_stage), "start": input_digest(start_round, start_stage)}

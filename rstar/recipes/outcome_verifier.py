@@ -63,6 +63,7 @@ from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, check_base, start_checkpoint, start_of
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
+from rstar.recipes.training import fine_tune
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
@@ -210,14 +211,9 @@ def _fine_tuning_stage(config: Config, run: RunDir, epochs: float) -> Stage:
     name, output = _model(config, run, epochs)
 
     def work() -> StageResult:
-        from rstar.training.data import read_rows
-        from rstar.training.sft import train_policy
-
-        rows = read_rows(here.sft, SftRow)
-        start = start_checkpoint(config, run)
-        with TrainingProgress(f"fine-tuning, {section.epochs:g} epochs") as progress:
-            result = train_policy(rows, start, output, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((output,), {"rows": len(rows), **asdict(result)})
+        start, title = start_checkpoint(config, run), f"fine-tuning, {section.epochs:g} epochs"
+        result = fine_tune(here.sft, start, output, section, config.run.seed, title)
+        return StageResult((output,), result)
 
     settings = {"sft": to_dict(section), "run": seed_of(config.run)}
     return Stage(here, name, settings, lambda: {"base": input_digest(here, "base")}, work)

@@ -101,13 +101,14 @@ from rstar.recipes.measuring import (
 )
 from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.recipes.starting import check_bootstrap, files_read, seed_of, serves_checkpoints, travelling
+from rstar.recipes.training import fine_tune
 from rstar.report.progress import TrainingProgress
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import index, path_digest, shards, write_rows
 from rstar.tokens import check_tokenizer, load_tokenizer, question_wrapper
 from rstar.tree import Tree
-from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
+from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, UserError
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,6 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
         counts = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
         if not config.warmup.enabled:
             return StageResult(tuple(outputs), counts)
-        from rstar.training.sft import train_policy
         from rstar.warmup import warmup_rows
 
         rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, question_wrapper(start, config.model))
@@ -209,9 +209,8 @@ def _base_stage(config: Config, run: RunDir) -> Stage:
             learning_rate=config.warmup.learning_rate,
             batch_size=config.warmup.batch_size,
         )
-        with TrainingProgress("warm-up") as progress:
-            result = train_policy(rows, start, here.policy, section, seed=config.run.seed, on_progress=progress)
-        return StageResult((*outputs, here.policy), counts | asdict(result))
+        result = fine_tune(rows, start, here.policy, section, config.run.seed, "warm-up")
+        return StageResult((*outputs, here.policy), counts | result)
 
     return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
 
@@ -337,15 +336,9 @@ def _policy_stage(config: Config, run: RunDir, number: int) -> Stage:
         return {"rows": input_digest(here, "extract"), "base": input_digest(run.round(0), "base")}
 
     def work() -> StageResult:
-        from rstar.training.data import read_rows
-        from rstar.training.sft import train_policy
-
-        rows = read_rows(here.sft, SftRow)
-        with TrainingProgress(f"round {number} policy") as progress:
-            result = train_policy(
-                rows, base_checkpoint(config, run), here.policy, config.sft, seed=config.run.seed, on_progress=progress
-            )
-        return StageResult((here.policy,), {"rows": len(rows), **asdict(result)})
+        base, title = base_checkpoint(config, run), f"round {number} policy"
+        result = fine_tune(here.sft, base, here.policy, config.sft, config.run.seed, title)
+        return StageResult((here.policy,), result)
 
     return Stage(here, "policy", {"sft": _shaping(config.sft), "run": seed_of(config.run)}, inputs, work)
 

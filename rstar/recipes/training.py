@@ -1,18 +1,32 @@
-"""Training from files: rows or trees of any origin instead of a round's. What `rstar train` does without a round."""
+"""Training a policy in a stage, and from files: rows or trees of any origin, as `rstar train` does without a round."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rstar.config import ExtractSection, ModelSection, PpmSection, TrainSection, load
-from rstar.recipes import load_config, rstar_math
+from rstar.recipes import load_config
 from rstar.recipes.base_model import base_model
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.rows import own_prompt, policy_rows, scorer_rows
 from rstar.report.progress import TrainingProgress
 from rstar.types import SftRow, UserError
+
+
+def fine_tune(
+    rows: Sequence[SftRow] | Path, base: str, output: Path, section: TrainSection, seed: int, title: str
+) -> dict[str, Any]:
+    """Fine-tune a policy from `base` on rows, or on a file of them, with progress; returns the counts for its stage."""
+    from rstar.training.data import read_rows
+    from rstar.training.sft import train_policy
+
+    rows = read_rows(rows, SftRow) if isinstance(rows, Path) else rows
+    with TrainingProgress(title) as progress:
+        return asdict(train_policy(rows, base, output, section, seed=seed, on_progress=progress))
 
 
 def train_from_files(options: Namespace) -> str:
@@ -27,6 +41,7 @@ def train_from_files(options: Namespace) -> str:
         raise UserError(f"rstar train {what} {source}", need="--model and --out, or a CONFIG.yaml")
     if output.exists() and not (output / "config.json").exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--out {output} holds other things", need="a new folder, or a checkpoint to replace")
+    from rstar.recipes import rstar_math  # which trains with the function above
     from rstar.training.data import read_rows
     from rstar.training.ppm import row_kind, train_ppm
     from rstar.training.sft import train_policy
