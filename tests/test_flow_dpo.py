@@ -28,9 +28,10 @@ from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
 from rstar.prompts import split_stop_question
 from rstar.recipes import load_config
 from rstar.recipes.flow_figures import progressive_accuracy, progressive_curve
-from rstar.recipes.flow_parts import adapters_of, reference_rows, single_pass, stop_rows
+from rstar.recipes.flow_parts import adapters_of, single_pass, stop_rows
 from rstar.recipes.judging import judge
 from rstar.recipes.online_dpo import read_stream, stream
+from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
 from rstar.rounds import RunDir
 from rstar.search.expand import Expander, Sampling, Tools

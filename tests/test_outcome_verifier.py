@@ -21,6 +21,7 @@ from rstar.engines.hf_scorer import HfScorer
 from rstar.evaluation import Candidate, EvalRecord
 from rstar.extract.outcomes import outcome_rows
 from rstar.grading import is_equivalent_fast
+from rstar.problems.worked import solution_text
 from rstar.prompts import Malformed, parse_solution, step_prompt
 from rstar.recipes import load_config, outcome_verifier
 from rstar.recipes.verification import auc, ranking, top_vote, verification_curves, verification_measures
@@ -287,13 +288,13 @@ def test_text_without_an_answer_line_is_malformed(text: str) -> None:
 
 def test_reference_solutions_in_words_of_any_file() -> None:
     gsm8k = Problem("a", "q", "72", solution="48/2 = <<48/2=24>>24.\n48+24 = <<48+24=72>>72.\n#### 72")
-    assert outcome_verifier.solution_text(gsm8k) == gsm8k.solution
+    assert solution_text(gsm8k, annotated=True) == gsm8k.solution
     plain = Problem("b", "q", "7", solution="3 + 4 = 7 eggs")
-    assert outcome_verifier.solution_text(plain) == "3 + 4 = <<3+4=7>>7 eggs\n#### 7"
-    assert outcome_verifier.solution_text(Problem("c", "q", "7")) == "#### 7"
+    assert solution_text(plain, annotated=True) == "3 + 4 = <<3+4=7>>7 eggs\n#### 7"
+    assert solution_text(Problem("c", "q", "7"), annotated=True) == "#### 7"
     generated = Problem("d", "State the final answer: 3 + 4 - 2 =", "5", source="chain_sum")
     steps = ("combine the first two numbers: 3 + 4 = <<3+4=7>>7", "subtract the next number: 7 - 2 = <<7-2=5>>5")
-    assert outcome_verifier.solution_text(generated) == "\n".join([*steps, "#### 5"])
+    assert solution_text(generated, annotated=True) == "\n".join([*steps, "#### 5"])
 
 
 def words_tree(counts: dict[str, int]) -> Tree:

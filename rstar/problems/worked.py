@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rstar.calculator import evaluate
+from rstar.calculator import annotate, evaluate
 from rstar.types import Problem
 
 Number = int | float
@@ -106,6 +106,18 @@ def in_words(problem: Problem) -> str | None:
                 known[name] = str(run(f"{name} = {shown}")[name]).removesuffix(".0")
                 lines.append(f"{thought}: {shown} = {known[name]}")
     return "\n".join([*lines, f"#### {problem.answer}"])
+
+
+def solution_text(problem: Problem, *, annotated: bool = False) -> str:
+    """A reference solution in words, the answer in its last line ("#### 72"): the data's own, else the worked one.
+
+    `annotated`: its plain calculations for the calculator; else it has no annotations. Where there is no solution, the
+    answer stands alone (of Cobbe et al. 2021 the comparison without intermediate steps).
+    """
+    text = problem.solution or in_words(problem) or ""
+    text = annotate(text).strip() if annotated else re.sub(r"<<[^<>]*>>", "", text)
+    kept = [line for line in text.splitlines() if line.strip() and not line.startswith("####")]
+    return "\n".join([*kept, f"#### {problem.answer}"])
 
 
 def run(code: str) -> dict[str, Number]:

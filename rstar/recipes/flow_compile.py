@@ -19,13 +19,13 @@ from rstar.recipes.flow_parts import (
     adapters_of,
     flow_pass,
     measured_accuracy,
-    reference_rows,
     search_job,
     settings_of,
     single_pass,
 )
 from rstar.recipes.judging import judge
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
+from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import seed_of
 from rstar.recipes.training import fine_tune
 from rstar.rounds import RunDir, Stage, StageResult, input_digest

@@ -51,7 +51,6 @@ from rstar.recipes.flow_parts import (
     adapters_of,
     flow_pass,
     measured_accuracy,
-    reference_rows,
     search_job,
     settings_of,
     single_pass,
@@ -60,6 +59,7 @@ from rstar.recipes.flow_parts import (
 )
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
 from rstar.recipes.online_dpo import Prediction, read_stream, stream
+from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import files_read, seed_of
 from rstar.recipes.training import fine_tune
 from rstar.report.progress import Progress

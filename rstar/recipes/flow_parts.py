@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,18 +21,17 @@ from rstar.config import (
     WarmupSection,
     to_dict,
 )
-from rstar.problems import ProblemSet
-from rstar.problems.worked import in_words
-from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, step_prompt, stop_asked
+from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, stop_asked
 from rstar.recipes.base_model import absolute
 from rstar.recipes.measuring import problem_trees
+from rstar.recipes.rows import reference_row
 from rstar.recipes.verification import evaluated
 from rstar.rounds import RunDir
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import read_json
 from rstar.tokens import question_wrapper
 from rstar.tree import Tree
-from rstar.types import Problem, PromptText, SftRow
+from rstar.types import Problem, SftRow
 
 
 @dataclass(frozen=True)
@@ -89,31 +87,6 @@ class Config:
     rounds: dict[str, Any] = field(default_factory=dict)
 
 
-def solution_text(problem: Problem) -> str:
-    """A reference solution in words: the data's own without annotations, else a worked one, else the answer alone."""
-    lines = [line for line in re.sub(r"<<[^<>]*>>", "", problem.solution).splitlines() if line.strip()]
-    own = "\n".join([*(line for line in lines if not line.startswith("####")), f"#### {problem.answer}"])
-    return own if lines else in_words(problem) or own
-
-
-def reference_rows(config: Config, base: str, problems: Sequence[Problem]) -> list[SftRow]:
-    """Reference solutions of problems: in words, or the programs of those that have one."""
-    wrap = question_wrapper(base, config.model)
-    if config.search.form == "steps":
-        from rstar.warmup import warmup_rows
-
-        pool = ProblemSet(tuple(problems), ())
-        return warmup_rows(WarmupSection(source="pool"), config.problems, pool, config.sandbox, wrap)
-    return [_row(problem, step_prompt(wrap(problem.question), "text"), solution_text(problem)) for problem in problems]
-
-
-def _row(problem: Problem, prompt: PromptText, text: str) -> SftRow:
-    return SftRow(
-        prompt=prompt.text, completion=text, segments=((text, True),), problem_id=problem.id,
-        tree_id=f"reference/{problem.id}", node_ids=(), prompt_segments=prompt.segments,
-    )  # fmt: skip
-
-
 def stop_rows(config: Config, base: str, solution: SftRow, problem: Problem) -> list[SftRow]:
     """What a Stop model should say of the whole solution, and of a part of it."""
     wrap = question_wrapper(base, replace(config.model, system=STOP_SYSTEM, few_shot=""))
@@ -123,7 +96,7 @@ def stop_rows(config: Config, base: str, solution: SftRow, problem: Problem) -> 
         part = whole[: draw.randrange(1, len(whole))]
     else:
         part = [whole[0][: draw.randrange(1, max(2, len(whole[0]) - 1))]]
-    return [_row(problem, stop_asked(borders, text), word) for text, word in ((whole, YES), (part, NO))]
+    return [reference_row(problem, stop_asked(borders, text), word) for text, word in ((whole, YES), (part, NO))]
 
 
 def flow_pass(config: Config, folder: Path, *, graded: bool = False) -> SearchPass:

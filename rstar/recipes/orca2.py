@@ -42,8 +42,8 @@ from rstar.config import ProblemsSection, for_round, to_dict
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation_row, few_shot_rows
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.overlap import text_key
+from rstar.problems.worked import solution_text
 from rstar.recipes.base_model import base_model, check_base
-from rstar.recipes.flow_parts import solution_text
 from rstar.recipes.measuring import tree_counts
 from rstar.recipes.orca2_figures import by_strategy, finished, heldout_problems, measured
 from rstar.recipes.orca2_parts import (

@@ -36,12 +36,11 @@ V12 an optimizer step holds whole problems up to its size, so that their questio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rstar.calculator import annotate
 from rstar.config import (
     ClusterSection,
     EngineSection,
@@ -52,16 +51,14 @@ from rstar.config import (
     SearchSection,
     TrainSection,
     VerifierSection,
-    WarmupSection,
     for_round,
     to_dict,
 )
 from rstar.extract.outcomes import outcome_rows
 from rstar.problems import ProblemSet, load_problems
-from rstar.problems.worked import in_words
-from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, check_base, start_checkpoint, start_of
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
+from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.training import fine_tune
 from rstar.recipes.verification import curve, evaluated
@@ -145,52 +142,20 @@ def check(config: Config) -> ProblemSet:
     return problems
 
 
-def solution_text(problem: Problem) -> str:
-    """A reference solution in words, its plain calculations annotated, the answer in its last line ("#### 72").
-
-    Generated problems come with none and take that of their family's template. Where there is neither, the answer
-    stands alone: the paper's comparison without intermediate steps.
-    """
-    lines = annotate(problem.solution or in_words(problem) or "").strip().splitlines()
-    kept = [line for line in lines if line.strip() and not line.startswith("####")]
-    return "\n".join([*kept, f"#### {problem.answer}"])
-
-
 # -- round 0: the generator, and fine-tuning alone -------------------------------------------------------------------
 
 
 def _base_stage(config: Config, run: RunDir) -> Stage:
-    here, form = run.round(0), config.search.form
-    settings = {"model": to_dict(config.model), "problems": to_dict(config.problems), "search": {"form": form}}
+    here = run.round(0)
+    settings = {"model": to_dict(config.model), "problems": to_dict(config.problems)}
+    settings["search"] = {"form": config.search.form}
 
     def work() -> StageResult:
-        from rstar.tokens import question_wrapper
-
-        base, outputs = start_of(config, run)
-        pool, wrap = load_problems(config.problems), question_wrapper(base, config.model)
-        if form == "steps":
-            from rstar.warmup import warmup_rows
-
-            rows = warmup_rows(WarmupSection(source="pool"), config.problems, pool, config.sandbox, wrap)
-        else:
-            rows = [_reference_row(problem, wrap) for problem in pool.train]
-        write_rows(here.sft, rows)
-        return StageResult((here.sft, *outputs), {"base": base, "rows": len(rows), "problems": len(pool.train)})
+        (base, outputs), problems = start_of(config, run), load_problems(config.problems).train
+        count = write_rows(here.sft, reference_rows(config, base, problems, annotated=True))
+        return StageResult((here.sft, *outputs), {"base": base, "rows": count, "problems": len(problems)})
 
     return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
-
-
-def _reference_row(problem: Problem, wrap: Callable[[str], str]) -> SftRow:
-    prompt, text = step_prompt(wrap(problem.question), "text"), solution_text(problem)
-    return SftRow(
-        prompt=prompt.text,
-        completion=text,
-        segments=((text, True),),
-        problem_id=problem.id,
-        tree_id=f"reference/{problem.id}",
-        node_ids=(),
-        prompt_segments=prompt.segments,
-    )
 
 
 def _epochs(config: Config) -> list[float]:
