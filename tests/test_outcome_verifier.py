@@ -292,6 +292,8 @@ def test_reference_solutions_in_words_of_any_file() -> None:
     plain = Problem("b", "q", "7", solution="3 + 4 = 7 eggs")
     assert solution_text(plain, annotated=True) == "3 + 4 = <<3+4=7>>7 eggs\n#### 7"
     assert solution_text(Problem("c", "q", "7"), annotated=True) == "#### 7"
+    metamath = replace(plain, solution="3 + 4 = 7 eggs\n#### 7\nThe answer is: 7")
+    assert solution_text(metamath) == "3 + 4 = 7 eggs\n#### 7"
     generated = Problem("d", "State the final answer: 3 + 4 - 2 =", "5", source="chain_sum")
     steps = ("combine the first two numbers: 3 + 4 = <<3+4=7>>7", "subtract the next number: 7 - 2 = <<7-2=5>>5")
     assert solution_text(generated, annotated=True) == "\n".join([*steps, "#### 5"])

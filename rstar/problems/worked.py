@@ -116,7 +116,8 @@ def solution_text(problem: Problem, *, annotated: bool = False) -> str:
     """
     text = problem.solution or in_words(problem) or ""
     text = annotate(text).strip() if annotated else re.sub(r"<<[^<>]*>>", "", text)
-    kept = [line for line in text.splitlines() if line.strip() and not line.startswith("####")]
+    named = ("####", "The answer is:")  # GSM8K's last line, MetaMath's; both may be there
+    kept = [line for line in text.splitlines() if line.strip() and not line.startswith(named)]
     return "\n".join([*kept, f"#### {problem.answer}"])
 
 
