@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +23,7 @@ from rstar.extract.preferences import preference_rows
 from rstar.extract.q_values import q_rows as extract_q
 from rstar.extract.sft import sft_rows as extract_sft
 from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.training import packing
 from rstar.training.batching import MicroBatch, OptimizerSteps, micro_batches, optimizer_batches
 from rstar.training.data import EncodedRow, encode_sft
 from rstar.training.models import load_policy, load_ppm
@@ -189,6 +192,17 @@ def test_flex_attention_gives_what_the_dense_masks_give(window: int) -> None:
         outputs.append(tree_attention(torch.nn.Module(), query, key, value, None, **options)[0])
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
     assert outputs[0].shape == (1, len(packed.ids), 4, 16)
+
+
+def test_flex_attention_stays_compiled_in_any_thread_after_many_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond dynamo's limit it runs uncompiled, on all scores at once; a thread begins with the limit of 8."""
+    limits: list[int] = []
+    monkeypatch.setattr(packing, "_flex", lambda: limits.append(torch._dynamo.config.recompile_limit))
+    for _ in range(2):
+        thread = threading.Thread(target=packing._compiled_flex)
+        thread.start()
+        thread.join()
+    assert len(limits) == 2 and min(limits) > 2 * 2 * 2 * 2  # dtypes, windows, gradients, a single block or more
 
 
 def test_a_model_with_flex_attention_has_the_same_loss(tiny_model: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -29,6 +30,7 @@ Ids = npt.NDArray[np.int64]
 
 ATTENTION = "rstar_tree"
 FLEX_BLOCK = 128  # flex attention's tile; sequences on CUDA are padded to a multiple, which also bounds recompilation
+FLEX_VARIANTS = 32  # compiled kernels of one process; about nine are needed
 
 
 def shared_prefix(a: Ids, b: Ids) -> int:
@@ -138,22 +140,36 @@ class TreeAttention:
         return visible
 
     def flex_mask(self, window: int) -> BlockMask:
-        """The same rule as a block-sparse mask of the whole sequence; needs two integers a token."""
+        """The same rule as a block-sparse mask of the whole sequence; needs two or three integers a token."""
         if window not in self.masks:
             end, depth = self.end, self.depth
+            before_window = depth - window  # a tensor: an int in the kernel would be a symbol, which not all compile
 
-            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                on_path = (key <= query) & (query < end[key])
-                return on_path & (depth[query] - depth[key] < window) if window else on_path
+            def on_path(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (key <= query) & (query < end[key])
 
-            length = len(end)
+            def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (key <= query) & (query < end[key]) & (before_window[query] < depth[key])
+
+            visible, length = in_window if window else on_path, len(end)
             self.masks[window] = create_block_mask(visible, None, None, length, length, device=str(end.device))
         mask = self.masks[window]
         assert isinstance(mask, BlockMask)
         return mask
 
 
-_compiled_flex = torch.compile(flex_attention)  # compiled at its first call
+_flex = torch.compile(flex_attention, dynamic=True)  # compiled at its first call, once for all lengths
+
+
+def _compiled_flex(*args: Any, **kwargs: Any) -> Tensor:
+    """Flex attention compiled for each dtype and window, with and without gradients.
+
+    Over dynamo's limit of variants it would run uncompiled and hold every score. The limit is each thread's own:
+    a checkpointed layer is recomputed in autograd's, a Ray worker trains in one that is not its first.
+    """
+    if torch._dynamo.config.recompile_limit < FLEX_VARIANTS:
+        torch._dynamo.config.recompile_limit = FLEX_VARIANTS
+    return _flex(*args, **kwargs)
 
 
 def tree_attention(
@@ -177,7 +193,7 @@ def tree_attention(
         if dropout:
             raise UserError("attention_dropout with flex attention", need="0", how="set it in the model's config.json")
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary leaves them in float32
-        run = _compiled_flex if query.is_cuda else flex_attention
+        run: Any = _compiled_flex if query.is_cuda else flex_attention
         return run(query, key, value, block_mask=tree.flex_mask(window), scale=scaling).transpose(
             1, 2
         ).contiguous(), None
