@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from accelerate.utils import FullyShardedDataParallelPlugin
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from rstar.config import TrainSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
@@ -335,6 +337,54 @@ def test_two_processes_train_as_one(
     for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict().items():
         torch.testing.assert_close(value, expected[key], atol=2e-4, rtol=1e-3)
     assert not list(tmp_path.glob(".*"))  # nothing temporary is left
+
+
+@pytest.mark.slow
+def test_two_processes_with_bfloat16_shards_train_nearly_as_one_with_float32(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sft_rows(trees=6, weights=True)
+    one = dataclasses.replace(QUICK, batch_size=8, micro_batch_tokens=4096)
+    two = dataclasses.replace(one, micro_batch_tokens=1, tree_packing=False, processes=2, fsdp=True, dtype="bfloat16")
+    train_policy(rows, str(tiny_model), tmp_path / "one", one, seed=0)
+    train_policy(rows, str(tiny_model), tmp_path / "two", two, seed=0)
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=0.01)
+    assert curve(tmp_path / "two") != pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    assert curve(tmp_path / "two", "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=0.05)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype="auto")
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}
+
+
+def test_shards_leave_the_loss_s_inputs_and_the_sum_of_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU accelerate gives FSDP a policy of its own for bfloat16, which casts both."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    trainer = PackedTrainer.__new__(PackedTrainer)
+    trainer.args = SimpleNamespace(fsdp=True, use_cpu=False, bf16=True)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", lambda self: None)
+    trainer.create_accelerator_and_postprocess()
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs and policy.output_dtype is None
+
+
+@pytest.mark.parametrize(("sharded", "unsynchronised"), [(False, 2), (True, 0)])
+def test_gradients_wait_for_the_last_pass_only_where_they_are_whole_anyway(sharded: bool, unsynchronised: int) -> None:
+    kept: list[object] = []
+
+    def no_sync(model: object) -> Any:
+        kept.append(model)
+        return nullcontext()
+
+    model = torch.nn.Linear(1, 1)
+    batch = SimpleNamespace(to=lambda device: torch.ones(1), tokens=1)
+    trainer: Any = SimpleNamespace(
+        is_fsdp_enabled=sharded,
+        accelerator=SimpleNamespace(no_sync=no_sync, backward=lambda loss: loss.backward()),
+        args=SimpleNamespace(device=torch.device("cpu"), world_size=1),
+        compute_loss_context_manager=nullcontext, _check_finite=lambda *_: None,
+    )  # fmt: skip
+    PackedTrainer.training_step(trainer, model, [batch] * 3)  # type: ignore[list-item]
+    assert len(kept) == unsynchronised and model.weight.grad == 3
 
 
 def test_a_mistake_in_a_process_is_told_as_one(tmp_path: Path) -> None:

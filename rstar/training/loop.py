@@ -24,6 +24,7 @@ import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -298,6 +299,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and self.args.bf16:
+            # accelerate's own casts whatever enters a module (a loss's weights and labels, copying the attention's
+            # masks for each layer) and sums gradients in bfloat16
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
 
     def get_train_dataloader(self) -> DataLoader[list[MicroBatch]]:
         """In order, unsharded: the data set itself gives each process its share."""
@@ -310,7 +318,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         losses: list[Tensor] = []
         for k, batch in enumerate(inputs):
             last = k == len(inputs) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            # FSDP would keep every gradient whole on each GPU until the last pass
+            with nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = model(batch.to(self.args.device))
                 # processes are averaged, and the batch's weights already sum to one over all of them
