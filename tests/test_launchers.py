@@ -28,7 +28,9 @@ FAKES = {
     "ray": LOG + 'case "$*" in *--block*) exec sleep 60 ;; esac\n'
     'if [ "$1" = job ]; then while [ "$1" != -- ]; do shift; done; shift\n'  # as Ray does: one line, for a shell
     'sh -c "$(python3 -c \'import subprocess, sys; print(subprocess.list2cmdline(sys.argv[1:]))\' "$@")"; fi\n',
-    "rstar": LOG + 'until [ "$(grep -c "^ray start" "$LOG")" -ge "${RAYS:-0}" ]; do sleep 0.05; done\n'
+    "rstar": '[ "$1" != config ] || { shift; echo "$*" >"$STATE/asked"; echo "$SECTIONS"; exit; }\n'
+    + LOG
+    + 'until [ "$(grep -c "^ray start" "$LOG")" -ge "${RAYS:-0}" ]; do sleep 0.05; done\n'
     '[ -e "$STATE/wait" ] || exit "${RSTAR_CODE:-0}"\n'
     'trap "rm $STATE/wait; exit 75" USR1 TERM\ntouch "$STATE/running"\nwhile true; do sleep 0.05; done\n',
 }
@@ -103,8 +105,8 @@ def test_paths_are_the_caller_s_whatever_folder_he_is_in(script: str, fakes: dic
 
 
 def test_slurm_job_starts_head_then_workers_then_one_driver(fakes: dict[str, str]) -> None:
-    env = fakes | {"SLURM_GPUS_ON_NODE": "4", "RAYS": "2"}
-    out = launch("slurm/rounds.sbatch", "round", "2", CONFIG, "cluster.workers=5", env=env)
+    env = fakes | {"SLURM_GPUS_ON_NODE": "4", "RAYS": "2", "SECTIONS": "sft:\n  processes: 8\nppm:"}
+    out = launch("slurm/rounds.sbatch", "round", "2", CONFIG, "--fresh", "cluster.workers=5", env=env)
     assert out.returncode == 0, out.stderr
     head, others = [line for line in calls(env, "srun") if "ray start" in line]
     assert "--nodelist=node1 ray start --head --node-ip-address=node1 --port=6379" in head
@@ -112,9 +114,20 @@ def test_slurm_job_starts_head_then_workers_then_one_driver(fakes: dict[str, str
     (driver,) = calls(env, "rstar")
     assert driver == (
         f"rstar round 2 {CONFIG} cluster.address=node1:6379 cluster.workers=12 cluster.gpus_per_worker=1"
-        " cluster.workers=5"
+        " sft.processes=4 ppm.processes=4 --fresh cluster.workers=5"
     )
+    assert (Path(env["STATE"]) / "asked").read_text() == f"{CONFIG} cluster.workers=5\n"
     assert not calls(env, "scontrol requeue"), "a finished job came back"
+
+
+@pytest.mark.parametrize(("gpus", "sections"), [("0", "sft:\nppm:"), ("4", "sft:\nsearch:")])
+def test_slurm_job_sets_no_training_that_has_no_gpu_or_that_the_recipe_does_not_know(
+    gpus: str, sections: str, fakes: dict[str, str]
+) -> None:
+    env = fakes | {"SLURM_GPUS_ON_NODE": gpus, "SECTIONS": sections}
+    assert launch("slurm/rounds.sbatch", "evolve", CONFIG, env=env).returncode == 0
+    (driver,) = calls(env, "rstar")
+    assert "processes" not in driver
 
 
 def slurm_job(env: dict[str, str], number: int) -> int:

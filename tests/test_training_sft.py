@@ -387,6 +387,16 @@ def test_gradients_wait_for_the_last_pass_only_where_they_are_whole_anyway(shard
     assert len(kept) == unsynchronised and model.weight.grad == 3
 
 
+def test_more_processes_than_this_node_has_gpus_are_refused_before_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    eight = dataclasses.replace(QUICK, processes=8)
+    with pytest.raises(UserError, match=r"processes=8 .* 4 GPUs") as caught:
+        in_processes(eight, make_a_mistake, metrics=tmp_path / "none", on_progress=lambda progress: None)
+    assert "processes=4 (sft.processes, ppm.processes, ...)" in caught.value.how and "launcher=ray" in caught.value.how
+
+
 def test_a_mistake_in_a_process_is_told_as_one(tmp_path: Path) -> None:
     two = dataclasses.replace(QUICK, processes=2)
     with pytest.raises(UserError, match="a mistake") as caught:

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
+import torch
+
 from rstar.config import TrainSection
 from rstar.types import TrainProgress, UserError
 
@@ -45,6 +47,8 @@ def in_processes(
     `call` must be picklable. A UserError of any process is raised here; other failures raise RuntimeError with the end
     of the processes' log. The processes end with this one.
     """
+    if section.launcher == "torchrun":
+        _check_gpus(section.processes)
     metrics.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".processes-", dir=metrics.parent) as name:  # where all nodes see it
         folder = Path(name).resolve()
@@ -70,6 +74,17 @@ def in_processes(
         if not (folder / "result").is_file():
             raise RuntimeError(f"training processes failed: {failure[-SHOWN_LOG_CHARS:]}")
         return cast(R, pickle.loads((folder / "result").read_bytes()))
+
+
+def _check_gpus(count: int) -> None:
+    """Two processes on one GPU would fail deep inside NCCL; without any GPU they share the CPU's cores."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise UserError(
+            f"processes={count} with torchrun, where this node has {gpus} GPUs", need="a GPU for each process",
+            how=f"set processes={gpus} (sft.processes, ppm.processes, ...), or launcher=ray (sft.launcher, ...) for the"
+            " GPUs of a cluster's other nodes",
+        )  # fmt: skip
 
 
 def _torchrun(count: int, folder: Path) -> str:
