@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -403,6 +404,29 @@ async def test_the_config_places_the_engine_on_its_gpus(
     vllm_loop.start({"model": str(checkpoints["policy"])}, replace(section, device="cuda:1"))
     assert seen[-1][2] == "1,2"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+async def test_a_scorer_on_a_gpu_computes_in_what_it_was_trained_in(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own choice for float32 weights is bfloat16 of a policy, but float16 of a pooling model."""
+    dtypes: list[str] = []
+    monkeypatch.setattr(vllm_loop, "start", lambda args, section: dtypes.append(args["dtype"]))
+    for capability in (75, 80):
+        platform = SimpleNamespace(
+            is_cpu=lambda: False, is_cuda=lambda: True, has_device_capability=lambda need, has=capability: has >= need
+        )
+        monkeypatch.setattr("rstar.engines.vllm.current_platform", platform)
+        for dtype in ("auto", "float16"):
+            VllmScorer(checkpoints["ppm_policy"], replace(SECTION, dtype=dtype))
+    assert dtypes == ["auto", "float16", "bfloat16", "float16"]
+
+
+async def test_an_engine_may_take_an_hour_to_start() -> None:
+    """Many workers read large checkpoints from shared storage; the environment may say otherwise."""
+    import vllm.envs
+
+    assert int(os.environ["VLLM_ENGINE_READY_TIMEOUT_S"]) == vllm.envs.VLLM_ENGINE_READY_TIMEOUT_S >= 3600
 
 
 @pytest.mark.slow

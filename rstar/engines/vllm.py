@@ -197,9 +197,11 @@ class VllmScorer(_VllmModel):
 
     def __init__(self, model_path: str | Path, section: EngineSection) -> None:
         tokens = max(section.score_batch_tokens, section.max_context, section.max_batch)
-        super().__init__(
-            model_path, section, {"runner": "pooling", "max_num_batched_tokens": tokens, "skip_tokenizer_init": True}
-        )
+        extra = {"runner": "pooling", "max_num_batched_tokens": tokens, "skip_tokenizer_init": True}
+        if section.dtype == "auto" and current_platform.is_cuda() and current_platform.has_device_capability(80):
+            # of float32 weights, as training writes them, vLLM makes float16 here, in which large models overflow
+            extra["dtype"] = "bfloat16"
+        super().__init__(model_path, section, extra)
 
     def _check_config(self, name: str, config: dict[str, Any]) -> None:
         (kind,), labels = config.get("architectures") or ("",), config.get("id2label") or {}

@@ -18,6 +18,7 @@ for _name, _value in {
     "GOMP_SPINCOUNT": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "3600",  # many workers read large checkpoints from shared storage at once
 }.items():
     os.environ.setdefault(_name, _value)
 
