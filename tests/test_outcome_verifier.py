@@ -88,6 +88,15 @@ def test_golden_value_is_gain_times_the_reserved_logit_plus_bias(tiny_model: Pat
     assert module.values(hidden).item() == pytest.approx(0.75, abs=1e-5)
 
 
+def test_values_are_float32_under_bfloat16_too(tiny_model: Path) -> None:
+    module = loss_module(tiny_model)
+    row = module.model.get_output_embeddings().weight[module.token]
+    hidden = torch.randn(50, len(row)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = module.values(hidden)
+    torch.testing.assert_close(values, hidden.float() @ row + module.bias)
+
+
 def test_golden_votes_and_the_tie_goes_to_the_higher_best_score() -> None:
     """V9."""
     scored = [(0.60, "18"), (0.90, "26"), (0.95, "18"), (0.5, "9"), (0.88, "26")]

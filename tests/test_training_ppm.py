@@ -168,6 +168,61 @@ def test_the_pad_token_is_never_the_end_token(tiny_model: Path) -> None:
     assert tokenizer.pad_token_id == before == model.get_input_embeddings().weight.shape[0] - 1
 
 
+def test_scores_are_float32_under_bfloat16_too(tiny_model: Path) -> None:
+    encoder = SegmentEncoder(load_tokenizer(tiny_model))
+    rows = [encode_pair(row, encoder, 1000) for row in pair_rows()]
+    (batch,), = micro_batches(rows, 100_000, tree_packing=True)  # fmt: skip
+    for lora_rank in (0, 4):
+        section = dataclasses.replace(QUICK, lora_rank=lora_rank)
+        module = ScoreLoss(load_ppm(str(tiny_model), section, encoder.tokenizer).model, section)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores, loss = module.scores(batch), module(batch)
+        loss.backward()
+        assert scores.dtype == torch.float32 and (scores != scores.bfloat16()).float().mean() > 0.9
+        (gradient,) = (p.grad for name, p in module.named_parameters() if "score" in name and p.requires_grad)
+        assert gradient is not None and (gradient != gradient.bfloat16()).float().mean() > 0.9
+
+
+def test_before_and_after_training_are_measured_in_the_same_dtype(tiny_model: Path, tmp_path: Path) -> None:
+    still = dataclasses.replace(QUICK, dtype="bfloat16", learning_rate=0.0, epochs=1, heldout=0.2)
+    result = train_ppm(pair_rows(trees=10), str(tiny_model), tmp_path / "ppm", still, seed=0)
+    assert result.train_before == result.train_after and result.heldout_before == result.heldout_after
+    exact = train_ppm(
+        pair_rows(trees=10), str(tiny_model), tmp_path / "exact", dataclasses.replace(still, dtype="float32"), seed=0
+    )
+    assert result.train_before != exact.train_before == exact.train_after
+
+
+def test_a_head_beside_adapters_is_the_one_that_was_trained(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    section, rows = dataclasses.replace(QUICK, lora_rank=4, learning_rate=1e-2, epochs=10), pair_rows(trees=9)
+    result = train_ppm(rows, str(tiny_model), tmp_path / "ppm", section, seed=0)
+    assert result.train_before is not None and result.train_after is not None
+    assert result.train_after.loss < result.train_before.loss - 0.1
+    tokenizer = load_tokenizer(tmp_path / "ppm")
+    saved = ScoreLoss(load_ppm(str(tmp_path / "ppm"), QUICK, tokenizer).model, QUICK)
+    saved.model.load_state_dict(AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppm").state_dict())
+    metrics = pair_metrics(saved, [encode_pair(row, SegmentEncoder(tokenizer), 4096) for row in rows], QUICK)
+    assert metrics is not None and metrics.loss == pytest.approx(result.train_after.loss, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_bfloat16_shards_learn_pairs_nearly_as_one_with_float32(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(QUICK, epochs=2)
+    two = dataclasses.replace(one, micro_batch_tokens=1, processes=2, fsdp=True, dtype="bfloat16")
+    found = [
+        train_ppm(pair_rows(trees=12), str(tiny_model), tmp_path / str(k), section, seed=0)
+        for k, section in enumerate((one, two))
+    ]
+    losses = [[result.training.first_loss, result.training.last_loss] for result in found]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0][1] < 0.8 * losses[0][0]
+    whole, sharded = (result.train_after for result in found)
+    assert whole is not None and sharded is not None
+    assert sharded.loss == pytest.approx(whole.loss, rel=0.05)
+
+
 def test_calibration_error_of_certain_but_wrong_scores_is_large(tiny_model: Path) -> None:
     encoder = SegmentEncoder(load_tokenizer(tiny_model))
     rows = [encode_pair(row, encoder, 1000) for row in pair_rows()]

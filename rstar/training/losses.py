@@ -10,6 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def float32_scores(hidden_NC: Tensor, head_KC: Tensor) -> Tensor:
+    """A linear head in float32, under autocast too: bfloat16 would leave some hundred different scores.
+
+    For a head in FSDP's root unit, which is whole wherever the loss runs; no hook of the head's own is called.
+    """
+    with torch.autocast(hidden_NC.device.type, enabled=False):
+        return functional.linear(hidden_NC.float(), head_KC.float())
+
+
 def token_loss(logits_PV: Tensor, which_N: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
     """Weighted cross-entropy, sum_i weight_i * -log softmax(logits[which_i])[target_i]; in float32.
 

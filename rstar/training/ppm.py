@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,8 @@ from rstar.training.data import (
 )
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, memory_advice, metrics_path, no_progress, train
-from rstar.training.losses import outcome_losses, pairwise_losses, q_losses
-from rstar.training.models import load_ppm, transformers_model
+from rstar.training.losses import float32_scores, outcome_losses, pairwise_losses, q_losses
+from rstar.training.models import autocast_dtype, load_ppm, transformers_model
 from rstar.training.packing import FLEX_BLOCK
 from rstar.types import OutcomeRow, PreferenceRow, QValueRow, TrainProgress, UserError
 
@@ -80,7 +81,7 @@ class ScoreLoss(LossModule):
         model = transformers_model(self.model)
         body = getattr(model, model.base_model_prefix)
         hidden = body(**self.inputs(batch)).last_hidden_state[0, batch.places]
-        return model.score(hidden)[:, 0].float()  # type: ignore[no-any-return]
+        return float32_scores(hidden, model.score.weight)[:, 0]
 
     def forward(self, batch: MicroBatch, *, scores_only: bool = False) -> Tensor:
         """The loss; with `scores_only` the raw scores of the batch's places."""
@@ -184,17 +185,20 @@ def sample_of_trees(rows: Sequence[EncodedRow], count: int, seed: int) -> list[E
 
 @torch.no_grad()
 def pair_metrics(module: ScoreLoss, rows: Sequence[EncodedRow], section: PpmSection) -> PairMetrics | None:
-    """Pair accuracy, loss and calibration of the raw scores; None without pairs."""
+    """Pair accuracy, loss and calibration of the raw scores, in training's dtype; None without pairs."""
     training = module.training
     module.eval()
     device = next(module.parameters()).device
     multiple_of = FLEX_BLOCK if device.type == "cuda" else 1
+    dtype = autocast_dtype(section)
+    half = torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
     differences, weights = [np.zeros(0)], [np.zeros(0)]
     for group in [rows] if section.loss == "pairwise" else by_tree(rows).values():
         scores, labels = [], []
         for batch in micro_batches(group, section.micro_batch_tokens, tree_packing=True, multiple_of=multiple_of)[0]:
             on_device = batch.to(device)
-            raw = module(on_device, scores_only=True).double().cpu().numpy()
+            with half:  # after training the module has an autocast of its own, before it none
+                raw = module(on_device, scores_only=True).double().cpu().numpy()
             if section.loss == "pairwise":
                 differences.append(raw[batch.which.numpy()] - raw[batch.other.numpy()])
                 weights.append(batch.weight.numpy())

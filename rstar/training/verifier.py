@@ -29,7 +29,7 @@ from rstar.training.batching import MicroBatch
 from rstar.training.data import EncodedRow, encode_sft, nothing_to_train
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
-from rstar.training.losses import token_loss
+from rstar.training.losses import float32_scores, token_loss
 from rstar.training.models import HEAD_INIT_STD, load_policy, spare_token, transformers_model
 from rstar.types import OutcomeRow, SftRow, TrainProgress, UserError
 
@@ -57,8 +57,7 @@ class ValueLoss(LossModule):
     def values(self, hidden: Tensor) -> Tensor:
         """Values (N,) after the tokens whose last hidden states (N, width) are given, float32."""
         row = transformers_model(self.model).get_output_embeddings().weight[self.token]
-        logit: Tensor = hidden @ row
-        return self.gain * logit.float() + self.bias
+        return self.gain * float32_scores(hidden, row) + self.bias
 
     def forward(self, batch: MicroBatch) -> Tensor:
         model = transformers_model(self.model)
