@@ -211,3 +211,13 @@ def test_numbers_beyond_floats_are_graded_like_others(answer: str, reference: st
 @pytest.mark.parametrize("text", ["2^{15000}", "10^{4500}", "1e5000", "2^{-15000}", "\\frac{1}{10^{5000}}"])
 def test_numbers_that_python_will_not_write_keep_their_spelling(text: str) -> None:
     assert normalise(text) == text
+
+
+def test_answers_that_would_keep_the_event_loop_busy_are_given_up_at_once() -> None:
+    """Each took seconds, in the process that drives the search: the bounds were on results, not on the work to them."""
+    huge = "((3/7)^{444}x+(5/11)^{361}y+(2/13)^{337}z)^6"
+    for answer in ("+".join([huge] * 12), ",".join(["+".join([huge] * 11)] * 4), "9" * 3999 + "!"):
+        begun = time.thread_time()
+        assert not is_equivalent_fast(answer, "5")
+        assert time.thread_time() - begun < 1.0
+    assert is_equivalent_fast("(a+b+c)^6", "(a+b+c)^3(a+b+c)^3")  # honest work is done

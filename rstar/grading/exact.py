@@ -4,12 +4,15 @@ A polynomial maps monomials to rational coefficients; a monomial is (squarefree 
 integer exponents). Square roots of different squarefree integers are linearly independent over the rationals, so two
 quotients n1/d1 and n2/d2 are equal exactly if n1*d2 - n2*d1 has no term left: `\\frac{1}{\\sqrt3}` is
 `\\frac{\\sqrt3}{3}`, and `(2x+3)(2x-3)` is `4x^2-9`. pi, e and infinity are symbols. Everything is bounded: length,
-nesting, terms, bits.
+nesting, terms, bits, and the work of all of it together.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +21,8 @@ MAX_BITS = 16_384  # 3^2007 has 3,182
 MAX_RADICAND = 10**12
 MAX_POLY_POWER = 12
 MAX_FACTORIAL = 200
+MAX_WORK = 20_000.0  # about microseconds
+TERM_WORK, BITS_WORK = 5.0, 500 / MAX_BITS**2  # of one product or sum of coefficients, and for its bits squared
 
 Monomial = tuple[int, int, tuple[tuple[str, int], ...]]
 Poly = dict[Monomial, Fraction]
@@ -31,6 +36,36 @@ class Unreadable(Exception):
 
 class Hopeless(Exception):
     """Beyond the bounds, or no mathematics at all (1/0, an open bracket, `1 2`): nobody is to evaluate it."""
+
+
+_left: ContextVar[float] = ContextVar("work left", default=math.inf)
+
+
+@contextmanager
+def bounded_work() -> Iterator[None]:
+    """Let what is computed inside cost MAX_WORK at most, by an estimate made before each step; then it is Hopeless."""
+    token = _left.set(MAX_WORK)
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
+def _spend(terms: int, one: Poly, other: Poly) -> None:
+    left = _left.get()
+    if left >= 0:
+        bits = _size(one) + _size(other)
+        left -= terms * (TERM_WORK + BITS_WORK * bits * bits)
+        _left.set(left)
+    if left < 0:
+        raise Hopeless("work")
+
+
+def _size(poly: Poly) -> int:
+    most = 0
+    for coefficient in poly.values():
+        most = max(most, coefficient.numerator.bit_length(), coefficient.denominator.bit_length())
+    return most
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,7 @@ def _bounded(poly: Poly) -> Poly:
 
 
 def _plus(left: Poly, right: Poly) -> Poly:
+    _spend(len(right), left, right)
     total = dict(left)
     for monomial, coefficient in right.items():
         both = total.get(monomial, Fraction(0)) + coefficient
@@ -147,6 +183,7 @@ def _plus(left: Poly, right: Poly) -> Poly:
 def _times(left: Poly, right: Poly) -> Poly:
     if len(left) * len(right) > MAX_TERMS * 8:
         raise Hopeless("terms")
+    _spend(len(left) * len(right), left, right)
     product: Poly = {}
     for (radicand1, i1, symbols1), c1 in left.items():
         for (radicand2, i2, symbols2), c2 in right.items():

@@ -45,7 +45,7 @@ class Form:
     last_place: float = 0.0  # value of a unit in the last of them
 
 
-NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _FRACTION = re.compile(r"([+-]?[0-9]+) ?/ ?([0-9]+)")
 _LATEX_FRACTION = re.compile(r"([+-]?)\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}")
 _MIXED = re.compile(r"([+-]?)([0-9]+) ([0-9]+)/([0-9]+)")
