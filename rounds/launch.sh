@@ -1,6 +1,7 @@
 # Sourced by the launchers. `rstar` is, in this order: $RSTAR, the environment that rounds/quickstart.sh made, or the one on PATH;
 # `ray` is the one on PATH, or that environment's.
 
+unset CDPATH # cd would print where it went
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" # we stay where we are: the user's paths are relative to it
 RSTAR="${RSTAR:-$([ -x "$checkout/.venv/bin/rstar" ] && echo "$checkout/.venv/bin/rstar" || echo rstar)}"
 PATH="$PATH:$checkout/.venv/bin"

@@ -6,6 +6,7 @@
 #   --tiny    the same script on a toy model, in a few minutes
 #   --fresh   start over instead of resuming
 set -euo pipefail
+unset CDPATH # cd would print where it went
 here="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 cd "$(dirname "$here")/.."
 . rounds/environment.sh

@@ -19,6 +19,7 @@
 #   --gpu     ten times the training problems and 700 held out, for a CUDA GPU; all questions but 6 and hard
 #   --seed N  other problems, another training order (default 0)
 set -euo pipefail
+unset CDPATH # cd would print where it went
 here="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 cd "$(dirname "$here")/.."
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$here"; exit 0 ;; esac

@@ -139,7 +139,12 @@ def question_wrapper(path_or_id: str | Path, section: ModelSection, *, key: str 
 
 
 def load_few_shot(path: str | Path) -> tuple[tuple[str, str], ...]:
-    """Read worked examples: a YAML list of `question:`, `solution:` mappings, solutions in the step format."""
+    """Read worked examples: a YAML list of `question:`, `solution:` mappings, solutions in the step format.
+
+    A path that is not there is looked for in the checkout as well: our own configs name theirs from its root.
+    """
+    if not Path(path).is_file() and (ours := Path(__file__).parent.parent / path).is_file():
+        path = ours
     if not Path(path).is_file():
         raise UserError(
             f"no few-shot file {path}", need="a YAML list of question, solution", how="check model.few_shot"

@@ -8,6 +8,7 @@
 #   --browser  also install Chromium (by apt-get, where there is none and this is root) and run the tests marked browser
 #   --lint     also run ruff and mypy (strict on rstar/)
 set -euo pipefail
+unset CDPATH # cd would print where it went
 here="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 cd "$(dirname "$here")/.."
 . rounds/environment.sh

@@ -97,7 +97,7 @@ def test_rounds_are_the_recipes_own_and_round_one_brings_the_base_along(fakes: d
 
 @pytest.mark.parametrize("script", ["all.sh", "round2.sh"])
 def test_paths_are_the_caller_s_whatever_folder_he_is_in(script: str, fakes: dict[str, str], tmp_path: Path) -> None:
-    env = fakes | {"RSTAR": "pwd"}  # says where it was started; its arguments do not matter to it
+    env = fakes | {"RSTAR": "pwd", "CDPATH": str(ROOT)}  # says where it was started; its arguments do not matter to it
     out = subprocess.run(
         ["bash", ROOT / "rounds" / script, "x.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True
     )

@@ -29,6 +29,8 @@ def box() -> Iterator[Box]:
         "import sys\nprint(sys.stdout.name, sys.stdout.mode, sys.stdout.encoding, sys.stdout.seekable())",
         "import os\nfrom contextlib import redirect_stdout\n"
         "with redirect_stdout(open(os.devnull, 'w')): print('no')\nprint('yes')",
+        "with open('/dev/stdout', 'w') as f: f.write('q')",
+        "with open('/dev/stderr', 'w') as f: f.write('q')",
     ],
 )
 def test_standard_output_is_that_of_a_fresh_interpreter(box: Box, code: str) -> None:
@@ -85,8 +87,10 @@ def test_a_flood_of_reports_ends_the_step(box: Box) -> None:
 
 
 def test_the_text_of_an_error_is_bounded_whatever_it_is_made_of(box: Box) -> None:
-    for code in ("raise type('\\x01' * 9000, (Exception,), {})('m')", "raise ValueError('\\x01' * 9000)"):
-        assert 0 < len(box.one(code).error) <= 2000
+    for text in ("'\\x01' * 9000", "'\\udcff' * 2000", "'\U0001f600' * 2000"):
+        for code in (f"raise ValueError({text})", f"raise type('E' + {text}, (Exception,), {{}})(1)"):
+            execution = box.one(code)
+            assert execution.status is ExecutionStatus.ERROR and 0 < len(execution.error) <= 2000, execution
 
 
 @pytest.mark.parametrize("mode", ["3", "3 | os.O_TRUNC", "os.O_RDONLY | os.O_TRUNC", "os.O_RDONLY | os.O_CREAT"])

@@ -241,3 +241,10 @@ def test_segments_of_tokenizers_that_put_a_space_before_a_text_join_without_one(
     stream.finish()
     assert stream.text == "".join(segments[1:]), "what a policy wrote is read as it was written"
     assert encoder.encode([segments[0], stream.text])[:1] == ids[:1]
+
+
+def test_examples_of_our_own_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(load_few_shot("configs/rstar_math/few_shot.yaml")) == 2
+    with pytest.raises(UserError, match=r"no few-shot file mine\.yaml"):
+        load_few_shot("mine.yaml")

@@ -268,6 +268,14 @@ def test_optimizer_batches_hold_every_row_once_and_whole_trees(sizes: list[int],
             assert sum(any(trees[k] == f"t{t}" for k in batch) for batch in batches) == 1
 
 
+@pytest.mark.parametrize(("sizes", "batch_size"), [([65, 65], 64), ([17, 17, 17], 16), ([9], 8)])
+def test_a_tree_over_the_batch_size_leaves_no_step_of_a_few_rows(sizes: list[int], batch_size: int) -> None:
+    trees = [f"t{t}" for t, size in enumerate(sizes) for _ in range(size)]
+    for seed in range(20):
+        batches = optimizer_batches(trees, batch_size, np.random.default_rng(seed))
+        assert min(map(len, batches)) >= batch_size // 2
+
+
 def test_order_depends_on_seed_and_epoch_only(tiny_model: Path) -> None:
     encoder = encoder_of(tiny_model)
     rows = [encode_sft(row, encoder, 1000) for row in sft_rows(trees=8)]

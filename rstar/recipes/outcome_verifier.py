@@ -31,7 +31,7 @@ V10 with search.form=steps the solutions are the code steps of rStar-Math: the g
 V11 the question carries no loss in fine-tuning either; the paper says so of the verifier only. No switch. The
     fine-tuning rate is Table 1's; the further 0.1 that it names for some runs is left out: sft.learning_rate.
 V12 an optimizer step holds whole problems up to its size, so that their question is computed once; the paper shuffles
-    examples: verifier.tree_rows=2 (a completion and its reference). In paper.yaml a problem gives at most 8 to a step.
+    examples: verifier.tree_rows=2 (a completion and its reference). In paper.yaml 8 of a problem stay together.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ D22 an answer is what stands in \\boxed{} after <end_of_code>, printed numbers s
 D23 a greedy solution ends at its first failing step, as a search would; C's greedy mode runs the whole program and goes
     on after errors. No switch: the policy is measured by what it may do in a search.
 D24 an optimizer step holds whole trees, so that shared prefixes are computed once; P and C shuffle rows:
-    sft.tree_rows=1, ppm.tree_rows=1. In the paper's configs a tree gives at most 16 pairs to a step.
+    sft.tree_rows=1, ppm.tree_rows=1. The paper's configs keep 16 pairs of a tree together.
 D25 the PPM's head starts at N(0, 0.001) without bias and dropout, and the last weights are kept; C has N(5e-7, 1e-6), a
     bias, dropout 0.1 and keeps the best on held-out pairs. No switch: both call every pair a draw at the start.
 """

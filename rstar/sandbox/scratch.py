@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_BYTES = 8 << 20
-NULL = 2  # a step's standard error: the null device, which it may not open for writing itself
+# What a step may write to but not open for writing, and its descriptors of it; standard error is the null device.
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2, os.devnull: 2}
 MAX_FILES = 64
 
 
@@ -65,8 +66,8 @@ def in_memory_open(real_open: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else None
         writes = isinstance(mode, str) and bool(set(mode) & set("wax+"))
-        if name == os.devnull and writes:
-            return real_open(os.dup(NULL), mode, buffering, encoding, errors, newline)
+        if writes and name in STREAMS:
+            return real_open(os.dup(STREAMS[name]), mode, buffering, encoding, errors, newline)
         if not isinstance(name, str) or "/" in name or opener is not None or not (name in folder or writes):
             return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
         if "x" in mode and name in folder:

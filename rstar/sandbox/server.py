@@ -23,7 +23,6 @@ from rstar.sandbox.template import Template
 
 PIPE_CHUNK = 1 << 14
 LOOK_AFTER = 0.01  # seconds; most forks are done by then, and their pipes need to be read only once
-REPORT_BYTES = 4 * step.MAX_ERROR + 256
 CHECK_AGAIN = 0.002  # seconds; the finest step of CPU-time enforcement
 BUSY_SHARE = 0.01  # a fork that got less CPU than this share of its wall time slept; more: it may be starved
 LOOK_UP = 0.25  # seconds; the warden sleeps no longer while forks run, so that it sees when it stood still
@@ -169,9 +168,10 @@ class Server:
         except BlockingIOError:
             return False
         if descriptor == fork.report:
-            if len(fork.said) + len(data) > REPORT_BYTES and not fork.verdict:
+            room = step.REPORT_HEAD.size + step.REPORT_BYTES - len(fork.said)  # the end of the prefix, the end
+            if len(data) > room and not fork.verdict:
                 self._kill(fork, "output_limit", "wrote more than a report into the pipe for reports")
-            fork.said += data[: REPORT_BYTES - len(fork.said)]
+            fork.said += data[:room]
             if fork.prefix_cpu is None and len(fork.said) >= step.REPORT_HEAD.size:
                 kind, cpu = step.REPORT_HEAD.unpack_from(fork.said)
                 if kind == step.PREFIX_DONE:

@@ -27,6 +27,7 @@ STDOUT, REPORT, OUTPUT = 1, 3, 4  # descriptors; 0 and 2 are the null device
 REPORT_HEAD = struct.Struct("=cd")  # kind, CPU seconds of this process so far
 PREFIX_DONE, OK, ERROR, DENIED, MEMORY, PREFIX_FAILED = b"M", b"O", b"E", b"D", b"X", b"P"
 MAX_ERROR, MAX_NAME = 2000, 200  # characters
+REPORT_BYTES = 4 * MAX_ERROR + 256
 Entries = Mapping[str, Callable[[str], str]]  # trusted functions by name
 # CPU time is read from the thread clock (a step has one thread): under RLIMIT_CPU the process clock moves in ticks.
 _open = open
@@ -37,7 +38,7 @@ for _name in __future__.all_feature_names:
 
 def _say(kind: bytes, text: str = "") -> None:
     message = REPORT_HEAD.pack(kind, time.thread_time()) + text.encode("utf-8", "backslashreplace")
-    os.write(REPORT, message)
+    os.write(REPORT, message[:REPORT_BYTES])
 
 
 def describe(error: BaseException) -> tuple[bytes, str]:

@@ -25,15 +25,17 @@ def optimizer_batches(
 ) -> list[list[int]]:
     """One epoch of row indices, given every row's tree. Trees come in random order.
 
-    A tree with more rows than `batch_size`, or than `tree_rows` if that is not 0, is cut into parts of so many
-    consecutive rows, which come in random order themselves. A batch closes where one more part would take it further
-    from `batch_size`.
+    A tree with more rows than `batch_size` is cut into parts of equal size; with `tree_rows` all are cut into parts of
+    so many consecutive rows. A batch closes where one more part would take it further from `batch_size`.
     """
     members: dict[str, list[int]] = {}
     for index, tree in enumerate(trees):
         members.setdefault(tree, []).append(index)
-    most = min(batch_size, tree_rows or batch_size)
-    groups = [rows[start : start + most] for rows in members.values() for start in range(0, len(rows), most)]
+    groups: list[list[int]] = []
+    for rows in members.values():
+        parts = -(-len(rows) // batch_size)
+        cuts = range(tree_rows, len(rows), tree_rows) if 0 < tree_rows < batch_size else parts
+        groups.extend(part.tolist() for part in np.array_split(np.array(rows), cuts))
     batches: list[list[int]] = []
     current: list[int] = []
     for g in random.permutation(len(groups)):
