@@ -220,4 +220,13 @@ def test_answers_that_would_keep_the_event_loop_busy_are_given_up_at_once() -> N
         begun = time.thread_time()
         assert not is_equivalent_fast(answer, "5")
         assert time.thread_time() - begun < 1.0
+    begun = time.thread_time()
+    assert is_equivalent_fast(nested(8, 0), nested(8, 1)) is None  # sets of sets: each is compared with each
+    assert time.thread_time() - begun < 1.0
     assert is_equivalent_fast("(a+b+c)^6", "(a+b+c)^3(a+b+c)^3")  # honest work is done
+    assert is_equivalent_fast("\\{\\{1,2\\},\\{3,4\\}\\}", "\\{\\{4,3\\},\\{2,1\\}\\}")
+
+
+def nested(depth: int, number: int) -> str:
+    parts = [nested(depth - 1, 2 * number + part) for part in range(2)] if depth else [str(number)]
+    return "\\{" + ",".join(parts) + "\\}" if depth else parts[0]

@@ -30,7 +30,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rstar.grading.comparing import choice_matches, compare
-from rstar.grading.exact import bounded_work
+from rstar.grading.exact import Hopeless, bounded_work
 from rstar.grading.forms import Form, readings
 from rstar.grading.text import MAX_ANSWER_CHARS, clean, extract_answer
 from rstar.types import ExecutionStatus
@@ -81,8 +81,11 @@ def is_equivalent_fast(answer: str, reference: str) -> bool | None:
         return chosen
     with bounded_work():
         given_forms = readings(given)
-    with bounded_work():
-        verdicts = [compare(form, wanted) for form in given_forms for wanted in wanted_forms]
+    try:
+        with bounded_work():
+            verdicts = [compare(form, wanted) for form in given_forms for wanted in wanted_forms]
+    except Hopeless:
+        return None
     return True if True in verdicts else None if None in verdicts else False
 
 

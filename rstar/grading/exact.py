@@ -51,14 +51,18 @@ def bounded_work() -> Iterator[None]:
         _left.reset(token)
 
 
-def _spend(terms: int, one: Poly, other: Poly) -> None:
-    left = _left.get()
-    if left >= 0:
-        bits = _size(one) + _size(other)
-        left -= terms * (TERM_WORK + BITS_WORK * bits * bits)
-        _left.set(left)
+def spend(work: float) -> None:
+    """Take so many microseconds from what `bounded_work` allows. Raises Hopeless when it is used up, and ever after."""
+    left = _left.get() - work
+    _left.set(left)
     if left < 0:
         raise Hopeless("work")
+
+
+def _spend(terms: int, one: Poly, other: Poly) -> None:
+    spend(0)
+    bits = _size(one) + _size(other)
+    spend(terms * (TERM_WORK + BITS_WORK * bits * bits))
 
 
 def _size(poly: Poly) -> int:
