@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-from rstar.grading.exact import Hopeless, spend
+from rstar.grading.exact import Hopeless, price
 from rstar.grading.forms import TEXT, Form, Kind
+from rstar.grading.work import charge
 
 LONG_DECIMAL_DIGITS = 10  # a decimal with so many significant digits may stand for a number that has no end
-COMPARE_WORK = 2.0  # microseconds, about
 FLOAT_DIGITS, FLOAT_ERROR = 15, 1e-14  # what a program prints of a float, and the noise in it
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _CHOSEN = re.compile(r"(?:\((?P<closed>[A-Z])\)|(?P<marked>[A-Z])[).:])(?P<rest>\s.*)?|(?P<bare>[A-Z])", re.DOTALL)
@@ -30,8 +30,7 @@ def choice_matches(answer: str, reference: str) -> bool | None:
 
 
 def compare(answer: Form, reference: Form) -> bool | None:
-    """Whether the answer is the reference; None if this is not decided here. Hopeless where the work is used up."""
-    spend(COMPARE_WORK)  # sets of sets of sets are compared each with each
+    """Whether the answer is the reference; None if this is not decided here."""
     kinds = {answer.kind, reference.kind}
     if Kind.HOPELESS in kinds:
         return False
@@ -69,6 +68,7 @@ def _stands_for(answer: Form, reference: Form) -> bool:
         return False
     if not math.isfinite(wanted) or not math.isfinite(answer.last_place):
         return False
+    charge(10 + price(exact, known if known is not None else Fraction(wanted)))
     error = abs(exact - (known if known is not None else Fraction(wanted)))
     return error < 0.999 * answer.last_place or (answer.digits >= FLOAT_DIGITS and error <= FLOAT_ERROR * abs(wanted))
 
@@ -89,6 +89,7 @@ def _assignment(answer: Form, reference: Form) -> bool | None:
 def _ordered(answer: Form, reference: Form) -> bool | None:
     if answer.text != reference.text or len(answer.parts) != len(reference.parts):
         return False
+    charge(len(answer.parts))
     return _all(compare(a, r) for a, r in zip(answer.parts, reference.parts, strict=True))
 
 
@@ -99,14 +100,20 @@ def _unordered(answer: Form, reference: Form) -> bool | None:
     left = list(answer.parts)
     rest: list[Form] = []
     for wanted in reference.parts:
-        match = next((i for i, part in enumerate(left) if compare(part, wanted)), None)
+        match = next((i for i, part in enumerate(left) if _tried(part, wanted)), None)
         if match is None:
             rest.append(wanted)
         else:
             left.pop(match)
     if not rest:
         return True
-    return None if all(any(compare(part, wanted) is None for part in left) for wanted in rest) else False
+    return None if all(any(_tried(part, wanted) is None for part in left) for wanted in rest) else False
+
+
+def _tried(part: Form, wanted: Form) -> bool | None:
+    """Sets of sets of sets are compared each with each."""
+    charge(2)
+    return compare(part, wanted)
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:

@@ -4,25 +4,22 @@ A polynomial maps monomials to rational coefficients; a monomial is (squarefree 
 integer exponents). Square roots of different squarefree integers are linearly independent over the rationals, so two
 quotients n1/d1 and n2/d2 are equal exactly if n1*d2 - n2*d1 has no term left: `\\frac{1}{\\sqrt3}` is
 `\\frac{\\sqrt3}{3}`, and `(2x+3)(2x-3)` is `4x^2-9`. pi, e and infinity are symbols. Everything is bounded: length,
-nesting, terms, bits, and the work of all of it together.
+nesting, terms, bits, and what they cost together: arithmetic is paid for before it is done (see work).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
+
+from rstar.grading.work import charge
 
 MAX_TERMS = 128
 MAX_BITS = 16_384  # 3^2007 has 3,182
 MAX_RADICAND = 10**12
 MAX_POLY_POWER = 12
 MAX_FACTORIAL = 200
-MAX_WORK = 20_000.0  # about microseconds
-TERM_WORK, BITS_WORK = 5.0, 500 / MAX_BITS**2  # of one product or sum of coefficients, and for its bits squared
 
 Monomial = tuple[int, int, tuple[tuple[str, int], ...]]
 Poly = dict[Monomial, Fraction]
@@ -36,40 +33,6 @@ class Unreadable(Exception):
 
 class Hopeless(Exception):
     """Beyond the bounds, or no mathematics at all (1/0, an open bracket, `1 2`): nobody is to evaluate it."""
-
-
-_left: ContextVar[float] = ContextVar("work left", default=math.inf)
-
-
-@contextmanager
-def bounded_work() -> Iterator[None]:
-    """Let what is computed inside cost MAX_WORK at most, by an estimate made before each step; then it is Hopeless."""
-    token = _left.set(MAX_WORK)
-    try:
-        yield
-    finally:
-        _left.reset(token)
-
-
-def spend(work: float) -> None:
-    """Take so many microseconds from what `bounded_work` allows. Raises Hopeless when it is used up, and ever after."""
-    left = _left.get() - work
-    _left.set(left)
-    if left < 0:
-        raise Hopeless("work")
-
-
-def _spend(terms: int, one: Poly, other: Poly) -> None:
-    spend(0)
-    bits = _size(one) + _size(other)
-    spend(terms * (TERM_WORK + BITS_WORK * bits * bits))
-
-
-def _size(poly: Poly) -> int:
-    most = 0
-    for coefficient in poly.values():
-        most = max(most, coefficient.numerator.bit_length(), coefficient.denominator.bit_length())
-    return most
 
 
 @dataclass(frozen=True)
@@ -91,7 +54,9 @@ class Quotient:
         if left.keys() != right.keys() or not left:
             return not left and not right
         some = next(iter(left))
+        charge(price(left[some], right[some]))
         factor = left[some] / right[some]
+        charge(sum(price(factor, coefficient) for coefficient in right.values()))
         return all(coefficient == factor * right[monomial] for monomial, coefficient in left.items())
 
     def __add__(self, other: Quotient) -> Quotient:
@@ -123,10 +88,14 @@ class Quotient:
     def rational(self) -> Fraction | None:
         """Its value if it is a rational number."""
         top, bottom = _rational(self.numerator), _rational(self.denominator)
-        return None if top is None or bottom is None else top / bottom
+        if top is None or bottom is None or bottom == 1:
+            return None if bottom is None else top
+        charge(price(top, bottom))
+        return top / bottom
 
     def real(self) -> float | None:
         """Its value as a float if it is a real constant."""
+        charge(len(self.numerator) + len(self.denominator))
         top, bottom = _real(self.numerator), _real(self.denominator)
         return None if top is None or not bottom else top / bottom
 
@@ -163,6 +132,20 @@ def _real(poly: Poly) -> float | None:
     return total
 
 
+def price(first: Fraction, second: Fraction) -> int:
+    """What their sum, product or quotient costs: reducing it is quadratic in the digits."""
+    return 3 + _priced(1, _length(first), 1, _length(second))
+
+
+def _length(value: Fraction) -> int:
+    return value.numerator.bit_length() + value.denominator.bit_length()
+
+
+def _priced(count1: int, bits1: int, count2: int, bits2: int) -> int:
+    """Microseconds for the digits of every first with every second number, given how many and their bits in all."""
+    return (count1 * bits2 + count2 * bits1) // 128 + bits1 * bits2 // 600_000
+
+
 def _bounded(poly: Poly) -> Poly:
     if len(poly) > MAX_TERMS:
         raise Hopeless("terms")
@@ -173,26 +156,50 @@ def _bounded(poly: Poly) -> Poly:
 
 
 def _plus(left: Poly, right: Poly) -> Poly:
-    _spend(len(right), left, right)
+    charge(len(left) // 16 + len(right))
     total = dict(left)
     for monomial, coefficient in right.items():
-        both = total.get(monomial, Fraction(0)) + coefficient
-        if both:
-            total[monomial] = both
-        else:
-            total.pop(monomial, None)
+        _add(total, monomial, coefficient)
     return _bounded(total)
+
+
+def _add(total: Poly, monomial: Monomial, coefficient: Fraction) -> None:
+    """Sums pay as they grow: that of many unlike denominators is far longer than any of them."""
+    present = total.get(monomial)
+    if present is None:
+        total[monomial] = coefficient
+        return
+    charge(price(present, coefficient))
+    both = present + coefficient
+    if both:
+        total[monomial] = both
+    else:
+        del total[monomial]
+
+
+def _price_of_product(left: Poly, right: Poly) -> int:
+    """Known before any of its terms is computed."""
+    sizes = []
+    for poly in (left, right):
+        bits = names = 0
+        for (radicand, _, symbols), coefficient in poly.items():
+            bits += _length(coefficient) + (radicand.bit_length() if radicand > 1 else 0)
+            names += len(symbols)
+        sizes.append((len(poly), bits, names))
+    (count1, bits1, names1), (count2, bits2, names2) = sizes
+    merged = (count1 * names2 + count2 * names1) // 2 if names1 and names2 else 0
+    return 6 * count1 * count2 + _priced(count1, bits1, count2, bits2) + merged
 
 
 def _times(left: Poly, right: Poly) -> Poly:
     if len(left) * len(right) > MAX_TERMS * 8:
         raise Hopeless("terms")
-    _spend(len(left) * len(right), left, right)
+    charge(_price_of_product(left, right))
     product: Poly = {}
     for (radicand1, i1, symbols1), c1 in left.items():
         for (radicand2, i2, symbols2), c2 in right.items():
             common = math.gcd(radicand1, radicand2)
-            coefficient = c1 * c2 * common
+            coefficient = c1 * c2 if common == 1 else c1 * c2 * common
             if i1 and i2:
                 coefficient = -coefficient
             symbols = symbols1 or symbols2
@@ -202,11 +209,7 @@ def _times(left: Poly, right: Poly) -> Poly:
                     powers[name] = powers.get(name, 0) + exponent
                 symbols = tuple(sorted((name, exponent) for name, exponent in powers.items() if exponent))
             monomial = (radicand1 // common * (radicand2 // common), i1 ^ i2, symbols)
-            total = product.get(monomial, Fraction(0)) + coefficient
-            if total:
-                product[monomial] = total
-            else:
-                product.pop(monomial, None)
+            _add(product, monomial, coefficient)
     return _bounded(product)
 
 
@@ -257,11 +260,13 @@ def _squarefree(n: int) -> tuple[int, int]:
     """(a, b) with n = a*a*b and b squarefree; (0, 0) for 0."""
     if n == 0:
         return 0, 0
+    charge(n.bit_length() ** 2 // 1_000_000)
     root = math.isqrt(n)
     if root * root == n:
         return root, 1
     if n > MAX_RADICAND:
         raise Unreadable("a large radicand")
+    charge(int(n ** (1 / 3)) // 7)
     outside, inside, prime = 1, 1, 2
     while prime * prime * prime <= n:
         while n % (prime * prime) == 0:
@@ -282,14 +287,16 @@ def integer_root(n: int, degree: int) -> int | None:
             return None
         positive = integer_root(-n, degree)
         return None if positive is None else -positive
-    low, high = 0, 1 << (n.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high) // 2
-        if middle**degree < n:
-            low = middle + 1
-        else:
-            high = middle
-    return low if low**degree == n else None
+    if n < 2:
+        return n
+    step = 3 + n.bit_length() ** 2 // 2_000_000
+    root = 1 << ((n.bit_length() - 1) // degree + 1)  # above the root; Newton's steps fall to its whole part
+    while True:
+        charge(step)
+        below = ((degree - 1) * root + n // root ** (degree - 1)) // degree
+        if below >= root:
+            return root if root**degree == n else None
+        root = below
 
 
 def factorial(value: Quotient) -> Quotient:
@@ -299,6 +306,7 @@ def factorial(value: Quotient) -> Quotient:
         raise Unreadable("a factorial")
     if n > MAX_FACTORIAL:
         raise Hopeless("a factorial")
+    charge(5)
     return constant(math.factorial(n.numerator))
 
 
@@ -309,4 +317,5 @@ def binomial(top: Quotient, bottom: Quotient) -> Quotient:
         raise Unreadable("a binomial")
     if n > 1000:
         raise Hopeless("a binomial")
+    charge(20)
     return constant(math.comb(n.numerator, k.numerator))

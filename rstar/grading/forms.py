@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
+from functools import cache
+from string import ascii_letters
 
 from rstar.grading.exact import Hopeless, Quotient, Unreadable, constant
 from rstar.grading.reading import read
+from rstar.grading.text import MAX_ANSWER_CHARS
+from rstar.grading.work import Exhausted, begin, charge
 
 MAX_ELEMENTS = 64
 MAX_NESTING = 8
@@ -55,7 +59,9 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|smallmatrix)\}(?:\{[clr| ]
 _NAME = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?'?(?:\([a-zA-Z]\))?")
 _RELATION = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|<=|>=|!=|<|>")
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
-_LAST_WORD = re.compile(r"(?:(\\text ?\{([^{}]*)\})|([A-Za-z]{2,})\.?)(?:\^ ?(?:([23])|\{ ?([23]) ?\}))?$")
+_WORD = re.compile(r"([A-Za-z]{2,})\.?")
+_POWER = re.compile(r"\^ ?(?:([23])|\{ ?([23]) ?\})$")
+_BRACKET = re.compile(r"[(\[{}\])]")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 :'.,-]*")
 
 _MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -92,6 +98,7 @@ def _parse(text: str, depth: int) -> Form:
         return Form(Kind.HOPELESS, text)
     if NUMBER.fullmatch(text):
         return _number(text)
+    charge(10 + len(text) // 32)
     if text.startswith("{") and _closing(text, 0) == len(text) - 1 and "," not in text:
         return _parse(text[1:-1].strip(), depth + 1)
     matrix = _MATRIX.fullmatch(text)
@@ -114,8 +121,14 @@ def _parse(text: str, depth: int) -> Form:
 
 
 def readings(text: str) -> tuple[Form, ...]:
-    """All readings of an answer: `70,110` is a number and a list of two."""
-    first = parse(text)
+    """All readings of an answer: `70,110` is a number and a list of two. Begins the answer's budget."""
+    begin()
+    if len(text) > MAX_ANSWER_CHARS:  # one sign may have become a whole command
+        return (Form(Kind.HOPELESS, text),)
+    try:
+        first = parse(text)
+    except Exhausted:
+        return (Form(Kind.OPAQUE, text),)
     if _THOUSANDS.fullmatch(text) and "." not in text:
         parts = text.split(",")
         if not any(part.startswith("0") for part in parts[1:]):
@@ -135,9 +148,10 @@ def _number(text: str) -> Form:
 
 def _matrix(name: str, body: str, depth: int) -> Form:
     rows = [row for row in _split(body, ("\\\\",)) if row.strip()]
-    cells = [[parse(cell, depth + 1) for cell in _split(row, ("&",))] for row in rows]
-    if sum(map(len, cells)) > MAX_ELEMENTS:
+    written = [_split(row, ("&",)) for row in rows]
+    if sum(map(len, written)) > MAX_ELEMENTS:
         raise Hopeless("cells")
+    cells = [[parse(cell, depth + 1) for cell in row] for row in written]
     kind = "det" if name in ("vmatrix", "Vmatrix") else "matrix"  # (..) and [..] around a matrix mean the same
     return Form(Kind.MATRIX, kind, tuple(Form(Kind.TUPLE, "()", tuple(row)) for row in cells))
 
@@ -263,21 +277,22 @@ def _without_unit(text: str) -> tuple[str, str, int]:
     """(text without trailing units, measure, multiplier). A measure is empty for other words ("18 apples")."""
     body, measures, factor = text, list[str](), 1
     for _ in range(8):
-        match = _LAST_WORD.search(body)
+        match, power = _last_word(body)
         if match is None:
             break
+        marked = match.re is TEXT
         before = body[: match.start()].rstrip()
-        word = (match[2] if match[1] else match[3]).strip().rstrip(".").lower()
+        word = match[1].strip().rstrip(".").lower()
         ahead = before.rstrip("/ ").removesuffix(" per")
-        attached = before[-1:].isalnum() and not match[1] and body[match.start() - 1 : match.start()] != " "
-        if not ahead or body[: match.start()].endswith("\\") or (not match[1] and word in _NOT_UNITS):
+        attached = before[-1:].isalnum() and not marked and body[match.start() - 1 : match.start()] != " "
+        if not ahead or body[: match.start()].endswith("\\") or (not marked and word in _NOT_UNITS):
             break
-        if (attached and not before[-1].isdigit()) or (match[1] and _is_base(before)):
+        if (attached and not before[-1].isdigit()) or (marked and _is_base(before)):
             break
         if word in _MULTIPLIERS:
             factor *= _MULTIPLIERS[word]
         else:
-            measures[:0] = [_measure(part, match[4] or match[5]) for part in word.replace("/", " per ").split()]
+            measures[:0] = [_measure(part, power) for part in word.replace("/", " per ").split()]
             measures[:0] = ["per"] if ahead != before and ahead else []
         body = ahead.rstrip()
     mathematical = any(c.isdigit() for c in body) or "\\pi" in body or re.fullmatch(r"[a-z]", body)
@@ -291,27 +306,40 @@ def _without_unit(text: str) -> tuple[str, str, int]:
     return body, " ".join(known), factor
 
 
+def _last_word(body: str) -> tuple[re.Match[str] | None, str]:
+    """The word or \\text{...} that ends the text, without its square or cube; looked for from the end."""
+    raised = _POWER.search(body, max(0, len(body) - 7))
+    end = raised.start() if raised else len(body)
+    if body.endswith("}", 0, end):
+        start, pattern = body.rfind("\\text", 0, max(0, body.rfind("{", 0, end))), TEXT
+    else:
+        start, pattern = len(body[:end].removesuffix(".").rstrip(ascii_letters)), _WORD
+    match = pattern.fullmatch(body, start, end) if start >= 0 else None
+    return match, (raised[1] or raised[2]) if raised else ""
+
+
 def _is_base(before: str) -> bool:
     return before.endswith("_") or before.endswith("_{")
 
 
-def _measure(word: str, power: str | None) -> str:
+def _measure(word: str, power: str) -> str:
     if word in ("square", "sq", "cubic", "cu"):
         return {"sq": "square", "cu": "cubic"}.get(word, word)
     single = _MEASURES.get(word) or _MEASURES.get(word.removesuffix("s")) or ("per" if word == "per" else "")
-    return {"2": "square ", "3": "cubic "}.get(power or "", "") + single if single else ""
+    return {"2": "square ", "3": "cubic "}.get(power, "") + single if single else ""
 
 
 def _closing(text: str, start: int) -> int:
     """Index of the bracket that closes the one at `start`; -1 if none. (0,1] counts as a pair."""
+    charge(len(text) // 8)
     depth = 0
-    for i in range(start, len(text)):
-        if text[i] in "([{":
+    for bracket in _BRACKET.finditer(text, start):
+        if bracket[0] in "([{":
             depth += 1
-        elif text[i] in ")]}":
+        else:
             depth -= 1
             if depth == 0:
-                return i
+                return bracket.start()
     return -1
 
 
@@ -319,22 +347,22 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
     """Cut at separators outside all brackets and environments."""
     if not any(separator in text for separator in separators):
         return [text]
-    parts, depth, start, i = list[str](), 0, 0, 0
-    while i < len(text):
-        if text[i] in "([{":
+    charge(len(text) // 4)
+    parts, depth, start = list[str](), 0, 0
+    for match in _cutter(separators).finditer(text):
+        found = match[0]
+        if found in ("(", "[", "{", "\\begin"):
             depth += 1
-        elif text[i] in ")]}":
+        elif found in (")", "]", "}", "\\end"):
             depth -= 1
-        elif text.startswith("\\begin", i):
-            depth += 1
-        elif text.startswith("\\end", i):
-            depth -= 1
-        if depth <= 0:
-            found = next((separator for separator in separators if text.startswith(separator, i)), None)
-            if found:
-                parts.append(text[start:i])
-                i += len(found)
-                start = i
-                continue
-        i += 2 if text[i] == "\\" and text[i + 1 : i + 2] == "\\" else 1
+        elif depth <= 0 and found in separators:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    charge(8 * len(parts))  # each will be read
     return [*parts, text[start:]]
+
+
+@cache
+def _cutter(separators: tuple[str, ...]) -> re.Pattern[str]:
+    """What _split looks at; a double backslash is one sign: the second opens no command."""
+    return re.compile("|".join(map(re.escape, ("\\\\", "\\begin", "\\end", *"([{}])", *separators))))

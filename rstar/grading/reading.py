@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from rstar.grading import exact
 from rstar.grading.exact import Hopeless, Quotient, Unreadable
+from rstar.grading.work import charge
 
 MAX_CHARS = 1000
 MAX_DEPTH = 24
@@ -21,6 +22,7 @@ def read(text: str) -> Quotient:
     """
     if len(text) > MAX_CHARS:
         raise Hopeless(f"{len(text)} characters")
+    charge(4 * len(text))
     parser = _Parser(_tokens(text))
     value = parser.sum(0)
     if parser.peek():
@@ -190,6 +192,7 @@ class _Parser:
             top, bottom = self._argument(depth).rational(), self._argument(depth).rational()
             if top is None or bottom is None or not 0 < top < bottom:
                 raise Unreadable("a number beside a fraction")
+            charge(2 * exact.price(top, bottom))
             return exact.constant(Fraction(token) + top / bottom)
         return value
 
