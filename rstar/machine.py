@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from rstar.types import UserError
+
 
 def this_machine() -> str:
     """Host, cores, memory and accelerators, in one line."""
@@ -36,3 +38,25 @@ def software() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(parts)
+
+
+def check_peft() -> None:
+    """Raise UserError unless peft is there, in a version that the installed transformers loads LoRA adapters with.
+
+    transformers itself finds that out when the first adapter is loaded, minutes into a run.
+    """
+    try:
+        found = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "the package peft is not installed", need="LoRA adapters", how="pip install '.[lora]'"
+        ) from None
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(found) < Version(MIN_PEFT_VERSION):
+        raise UserError(
+            f"peft {found} with transformers {importlib.metadata.version('transformers')}",
+            need=f"peft {MIN_PEFT_VERSION} or newer, or an older transformers",
+            how="pip install '.[lora]' in this checkout installs versions that fit each other",
+        )

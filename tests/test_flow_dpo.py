@@ -580,3 +580,10 @@ def test_a_finished_run_is_not_run_again_and_another_window_is_refused(run: Path
     module, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}", "flow.window=2"])
     with pytest.raises(UserError, match=r"flow\.window"):
         module.stages(config, 1)[0].finished()
+
+
+def test_a_peft_that_transformers_refuses_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, config = load_config("configs/flow_dpo/tiny.yaml", [])
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(UserError, match=r"peft \d\S+ with transformers \d\S+; need peft 99.0 or newer"):
+        module.check(config)

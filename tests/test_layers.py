@@ -26,7 +26,7 @@ ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},
     "ray": {"cluster.py", "ray_training.py"},
     "torch": {"engines", "training"},
-    "transformers": {"engines", "training", "tokens.py"},
+    "transformers": {"engines", "training", "tokens.py", "machine.py"},
 }
 
 

@@ -31,7 +31,6 @@ F11 Stop is asked one question, whether the solution is complete and right; the 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from rstar.config import (
     to_dict,
 )
 from rstar.extract.flow_pairs import flow_pairs
+from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.generated import fresh
 from rstar.recipes.base_model import base_checkpoint, check_base, start_of
@@ -94,8 +94,7 @@ def check_settings(config: Config) -> None:
 
 def check(config: Config) -> ProblemSet:
     """Find every mistake that can be found before a model is loaded. Raises UserError; returns the problems."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("the package peft is not installed", need="LoRA adapters", how="pip install -e '.[lora]'")
+    check_peft()
     check_settings(config)
     problems = load_problems(config.problems)
     if not problems.heldout or not problems.train:

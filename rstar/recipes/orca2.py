@@ -40,6 +40,7 @@ from typing import Any
 
 from rstar.config import ProblemsSection, for_round, to_dict
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation_row, few_shot_rows
+from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.overlap import text_key
 from rstar.problems.worked import solution_text
@@ -113,6 +114,8 @@ def check(config: Config) -> ProblemSet:
     if config.weaker.epochs and not strategies.messages:
         raise UserError(f"{config.orca.strategies} has no messages", need="some, or weaker.epochs=0")
     heldout_problems(config.eval.benchmarks, problems, config.eval.problems)
+    if config.sft.lora_rank:
+        check_peft()
     check_base(config)
     return problems
 

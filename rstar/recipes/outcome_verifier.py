@@ -55,6 +55,7 @@ from rstar.config import (
     to_dict,
 )
 from rstar.extract.outcomes import outcome_rows
+from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
 from rstar.recipes.base_model import absolute, check_base, start_checkpoint, start_of
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
@@ -138,6 +139,8 @@ def check(config: Config) -> ProblemSet:
     problems = load_problems(config.problems)
     if not problems.heldout:
         raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
+    if config.sft.lora_rank or config.verifier.lora_rank:
+        check_peft()
     check_base(config)
     return problems
 

@@ -85,6 +85,7 @@ from rstar.config import (
     for_round,
     to_dict,
 )
+from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
 from rstar.recipes.base_model import absolute, base_checkpoint, base_model, start_of
@@ -174,6 +175,8 @@ def check(config: Config) -> ProblemSet:
                 need="the same ones in all rounds, or their figures can't be compared",
                 how="give them a file of their own: problems.heldout_path",
             )
+    if config.sft.lora_rank or config.ppm.lora_rank:
+        check_peft()
     if config.bootstrap.enabled:
         question_wrapper(config.bootstrap.model.base, config.bootstrap.model, key="bootstrap.model")
     base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)

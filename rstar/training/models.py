@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from rstar.config import PpmSection, TrainSection
 from rstar.engines.base import native_bf16
+from rstar.machine import check_peft
 from rstar.store import complete_or_absent
 from rstar.training.packing import ATTENTION
 from rstar.types import UserError
@@ -84,8 +85,7 @@ def _prepared(model: PreTrainedModel, section: TrainSection, task: str) -> nn.Mo
         _drop_residuals(model, section.dropout)
     if not section.lora_rank:
         return cast(nn.Module, model)
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("train.lora_rank needs the package peft", how="pip install -e '.[lora]'")
+    check_peft()
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
