@@ -49,7 +49,7 @@ def check_peft() -> None:
         found = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "the package peft is not installed", need="LoRA adapters", how="pip install '.[lora]'"
+            "the package peft is not installed", need="it for LoRA", how="pip install '.[lora]'") from None
         ) from None
     from packaging.version import Version
     from transformers.integrations.peft import MIN_PEFT_VERSION
