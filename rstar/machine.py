@@ -48,9 +48,7 @@ def check_peft() -> None:
     try:
         found = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            "the package peft is not installed", need="it for LoRA", how="pip install '.[lora]'") from None
-        ) from None
+        raise UserError("the package peft is not installed", need="it, for LoRA", how="pip install '.[lora]'") from None
     from packaging.version import Version
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
