@@ -27,7 +27,7 @@ from rstar.machine import software, this_machine
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.report.results import count, measure, share
-from rstar.rounds import RoundDir, RunDir
+from rstar.manifest import RoundDir, RunDir
 from rstar.store import write_json, write_rows
 from rstar.types import UserError
 

@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"rstar: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        if options.act is not commands.one_stage:  # its driver says it
+        if options.act is not commands.stage_process:  # its driver says it
             by = f" by {stop}" if stop.args else ""
             print(f"\nstopped{by}; the same command resumes: {options.command}", file=sys.stderr)
         return _stop_code(stop)
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         ("search", commands.search, "grow one round's trees, or take the finished ones up again", SEARCH_EXAMPLES),
         (
             "extract",
-            commands.stage,
+            commands.one_stage,
             "take one round's training rows from its trees",
             "rstar extract CONFIG.yaml --round 1",
         ),
@@ -232,11 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     examined.add_argument("config", nargs="?", default="", help="a YAML file")
     examined.add_argument("overrides", nargs="*", default=[], help="key=value settings", metavar="key=value")
     stage = subparsers.add_parser("stage")  # what `evolve` starts for each stage; holds no lock of its own
-    stage.add_argument("number", type=int)
-    stage.add_argument("stage")
-    stage.add_argument("config")
-    stage.add_argument("overrides", nargs="*", default=[])
-    stage.set_defaults(act=commands.one_stage)
+    stage.add_argument("call")
+    stage.set_defaults(act=commands.stage_process)
     return parser
 
 

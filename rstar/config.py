@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +22,12 @@ from rstar.types import UserError
 from rstar.values import check_values
 
 T = TypeVar("T")
+
+HOW: Mapping[str, Any] = {"shapes": False}
+"""Marks a setting that says how a stage is run, not what it makes: it may change within a run. A section of such
+settings names the others in `compared`."""
+INPUT: Mapping[str, Any] = {"input": True}
+"""Marks a setting that names input files: two values are the same where the contents are."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class RunSection:
 class ClusterSection:
     """Where search workers run."""
 
+    compared: ClassVar[tuple[str, ...]] = ()  # where a stage runs changes nothing that it makes
+
     address: str = "inline"  # inline: this process; local: Ray on this machine; auto or host:port: join a Ray cluster
     workers: int = 1  # search workers, each with its own engines and sandbox
     cpus_per_worker: float = 1.0
@@ -50,18 +58,24 @@ class ClusterSection:
 class ModelSection:
     """The policy's base model."""
 
-    base: str = "???"  # a folder or a hub id; "smollm2" is the registry package's SmolLM2-135M-Instruct
+    base: str = field(
+        default="???", metadata=INPUT
+    )  # a folder or a hub id; "smollm2" is the registry package's SmolLM2-135M-Instruct
     template: str = (
         "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
     )
     system: str = ""  # system message of the chat template; where the template is a text, its first paragraph
     step_tokens: bool = False  # add the step delimiters to the vocabulary (the base of all rounds is then a copy)
-    few_shot: str = ""  # a YAML file of worked examples put before the question (bootstrap policies)
+    few_shot: str = field(
+        default="", metadata=INPUT
+    )  # a YAML file of worked examples put before the question (bootstrap policies)
 
 
 @dataclass(frozen=True)
 class EngineSection:
     """What generates and scores."""
+
+    compared: ClassVar[tuple[str, ...]] = ("kind", "model")  # the others say how fast and where
 
     kind: str = "hf"  # hf, vllm, openai, simulated
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -96,6 +110,8 @@ class BootstrapSection:
 class SandboxSection:
     """Bounds on untrusted code. Times in seconds of one step."""
 
+    compared: ClassVar[tuple[str, ...]] = ()  # bounds only; a tree names the sandbox that it was grown with
+
     cpu_seconds: float = 5.0
     wall_seconds: float = 30.0  # backstop only: time-outs are decided on CPU time
     memory_mib: int = 512
@@ -109,7 +125,9 @@ class ProblemsSection:
     """Training pool and held-out set."""
 
     name: str = "reasoning_gym"  # reasoning_gym, or a benchmark's name (gsm8k, math, ...), or "file"
-    path: str = ""  # local json/jsonl/parquet/csv; needed for "file", overrides the hub for benchmarks
+    path: str = field(
+        default="", metadata=INPUT
+    )  # local json/jsonl/parquet/csv; needed for "file", overrides the hub for benchmarks
     question: str = "question"  # field names in the file
     answer: str = "answer"
     answers: str = ""  # field with the answers (or solutions) of several attempts: its problems are synthetic
@@ -118,13 +136,13 @@ class ProblemsSection:
     split: str = "train"
     limit: int = 0  # use the first N after de-duplication; 0: all
     heldout: int = 64  # problems kept apart for evaluation; of families, of those that name no number of their own
-    heldout_path: str = ""  # a file of its own for the held-out set
+    heldout_path: str = field(default="", metadata=INPUT)  # a file of its own for the held-out set
     families: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # reasoning_gym: label -> {family, level, count, heldout, settings}
     levels: list[str] = field(default_factory=list)  # keep only these levels; empty: all
     decontaminate: list[str] = field(
-        default_factory=list
+        default_factory=list, metadata=INPUT
     )  # benchmarks or files whose problems are removed from the pool
     seed: int = 1
 
@@ -136,7 +154,7 @@ class WarmupSection:
     enabled: bool = False
     source: str = "families"  # families: fresh problems of the pool's families; pool: the pool's own; gsm8k: needs path
     families: dict[str, int] = field(default_factory=dict)  # label of problems.families -> rows
-    path: str = ""  # GSM8K's train.jsonl
+    path: str = field(default="", metadata=INPUT)  # GSM8K's train.jsonl
     rows: int = 0  # at most so many; 0: all
     epochs: int = 2
     learning_rate: float = 1e-4
@@ -174,13 +192,15 @@ class SearchSection:
     )
     first_answer_only: bool = False  # an expansion with an answer keeps its first and nothing else (official code, D5)
     use_ppm: bool = False  # PPM-augmented instead of terminal-guided
-    ppm: str = ""  # folder of that PPM; empty: the one of the round before
+    ppm: str = field(default="", metadata=INPUT)  # folder of that PPM; empty: the one of the round before
     beam_width: int = 8  # of beam: nodes kept at each depth; dvts splits it into beam_width / candidates subtrees
     ppm_prior_visits: int = 1  # 1: the PPM's value is a new child's first visit; 0: kept outside N
     rollouts_in_flight: int = 1  # walks of one tree at once (virtual loss); 1 is the reference
-    trees_in_flight: int = 32  # problems searched at once by a worker
+    trees_in_flight: int = field(default=32, metadata=HOW)  # problems searched at once by a worker
     seeds: list[int] = field(default_factory=lambda: [0])  # one tree per problem and seed
-    checkpoint_rollouts: int = 0  # save an unfinished tree after so many rollouts; 0: only when its search is done
+    checkpoint_rollouts: int = field(
+        default=0, metadata=HOW
+    )  # save an unfinished tree after so many rollouts; 0: only when its search is done
 
 
 @dataclass(frozen=True)
@@ -210,24 +230,24 @@ class TrainSection:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.1
     batch_size: int = 128  # rows per optimizer step, over all processes
-    micro_batch_tokens: int = 4096  # tokens in one forward pass of a process
+    micro_batch_tokens: int = field(default=4096, metadata=HOW)  # tokens in one forward pass of a process
     max_length: int = 4096  # tokens of a row
     max_grad_norm: float = 1.0
     tree_packing: bool = True  # compute shared prefixes once; false: one sequence a row
     tree_rows: int = 0  # rows of one tree that stay together in an optimizer step; 0: all, up to batch_size
     in_order: bool = False  # sequences are filled in the order of the shuffled rows (Orca 2); false: by first fit
     dtype: str = "auto"  # autocast dtype; weights stay float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=HOW)
     lora_rank: int = 0  # 0: full fine-tuning
     lora_alpha: int = 0  # 0: twice the rank
     lora_dropout: float = 0.0
     dropout: float = 0.0  # on what every attention and MLP block adds to the residual stream
     frozen_layers: int = 0  # the embeddings and so many of the lowest layers stay as they are (faster on a CPU)
-    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
-    processes: int = 1  # a training's processes, one per GPU
+    report_to: list[str] = field(default_factory=list, metadata=HOW)  # tensorboard, wandb
+    processes: int = field(default=1, metadata=HOW)  # a training's processes, one per GPU
     launcher: str = "torchrun"  # what starts them: torchrun (on this node) or ray (Ray Train, on the cluster's nodes)
     fsdp: bool | None = None  # weights sharded over the processes, else whole in each; null: on GPUs without LoRA
-    save_steps: int = 0  # checkpoints for resuming; 0: only at the end
+    save_steps: int = field(default=0, metadata=HOW)  # checkpoints for resuming; 0: only at the end
 
 
 @dataclass(frozen=True)
@@ -283,6 +303,12 @@ class EvalSection:
     temperature: float = 1.0
     trajectories: int = 1  # independent searches per problem
     top_k: int = 8  # voters among the trajectories, by PPM score
+
+    def without_search(self) -> EvalSection:
+        """The section with what only searches read at its defaults: for a round without a PPM to search with."""
+        plain = EvalSection()
+        own = ("rollouts", "candidates", "trajectories", "top_k", "search_problems")
+        return dataclasses.replace(self, **{name: getattr(plain, name) for name in own})
 
 
 def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:

@@ -134,9 +134,9 @@ def _config(path: str, overrides: Sequence[str]) -> Check:
     from rstar.recipes import load_config
 
     try:
-        module, config = load_config(path, list(overrides))
-        found = module.check(config)
+        recipe, config = load_config(path, list(overrides))
+        found = recipe.check(config)
     except UserError as error:
         return Check("config", False, str(error))
-    counted = f"{len(found.train)} training problems, {len(found.heldout)} held out"
+    counted = "" if found is None else f"{len(found.train)} training problems, {len(found.heldout)} held out"
     return Check("config", True, f"{counted}; {config.model.base}: model folder and tokenizer fit")

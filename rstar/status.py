@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
+from rstar.manifest import RoundDir, RunDir
 from rstar.report.progress import duration, line
-from rstar.rounds import RoundDir, RunDir
 from rstar.store import index, read_json
 from rstar.types import UserError
 

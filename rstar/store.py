@@ -387,15 +387,59 @@ def sync_files(folder: Path) -> list[Path]:
     return files
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True)
+class FileState:
+    """A file, or a folder with all files in it, as it was when its digest was computed."""
+
+    sha256: str
+    size: int  # bytes, of a folder in all
+    mtime_ns: int  # modification time, of a folder the newest of its files
+
+
+def file_state(path: Path, *, sha256: str | None = None) -> FileState:
+    """The state of a file or folder now; its contents are read unless `sha256` says what they are."""
+    stats = [one.stat() for one in _files(path)]
+    size, mtime = sum(one.st_size for one in stats), max((one.st_mtime_ns for one in stats), default=0)
+    return FileState(path_digest(path) if sha256 is None else sha256, size, mtime)
 
 
 def path_digest(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a folder's files."""
     if path.is_file():
         return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return digest([(str(p.relative_to(path)), file_digest(p)) for p in files])
+    return digest([(str(one.relative_to(path)), file_digest(one)) for one in _files(path)])
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def input_digest(path: Path) -> str:
+    """As `path_digest` for files and models that a run reads but has not made.
+
+    Those of a MiB or more are read once: their digests are kept in the cache folder, by size and modification time.
+    """
+    now = file_state(path, sha256="")
+    if now.size < 1 << 20:
+        return path_digest(path)
+    kept, key = cache_folder() / "digests.json", str(path.resolve())
+    known = read_json(kept) if kept.exists() else {}
+    if (was := known.get(key)) and (was["size"], was["mtime_ns"]) == (now.size, now.mtime_ns):
+        return str(was["sha256"])
+    found = file_state(path)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, known | {key: found})
+    return found.sha256
+
+
+def cache_folder() -> Path:
+    """Where converted models and digests are kept: $RSTAR_CACHE, else the user's cache folder."""
+    if "RSTAR_CACHE" in os.environ:
+        return Path(os.environ["RSTAR_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rstar"
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())

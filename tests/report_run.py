@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rstar.evaluation import Candidate, EvalRecord, measures
-from rstar.rounds import RoundDir, RunDir
+from rstar.manifest import RoundDir, RunDir
 from rstar.store import TreeWriter, write_json
 from rstar.tree import Tree
 from rstar.types import Problem, TerminalReason

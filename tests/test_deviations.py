@@ -25,7 +25,7 @@ from rstar.problems.agreement import agreeing_answer
 from rstar.recipes import flow_dpo, load_config, orca2, outcome_verifier, rstar_math
 from rstar.recipes.base_model import base_checkpoint
 from rstar.recipes.rows import scorer_rows
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.search.collect import _sampling
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select

@@ -33,7 +33,7 @@ from rstar.recipes.judging import judge
 from rstar.recipes.online_dpo import read_stream, stream
 from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.flow import flow
 from rstar.store import read_trees

@@ -18,7 +18,7 @@ from rstar.problems import load_benchmark
 from rstar.recipes import orca2
 from rstar.recipes.orca2_figures import macro_mean
 from rstar.recipes.strategies import choose, load_strategies, strategy_of
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.search.expand import stated_answer
 from rstar.store import read_json, read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer, wrap_question

@@ -15,7 +15,7 @@ from rstar.config import ProblemsSection, SearchSection, for_round
 from rstar.recipes import load_config
 from rstar.recipes.measuring import problem_limit
 from rstar.recipes.plan import Rates, measured, plan, problem_counts, search_cost
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.tokens import load_few_shot
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "rstar_math"

@@ -13,7 +13,7 @@ import pytest
 
 from rstar import cli, commands
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
-from rstar.rounds import RoundDir
+from rstar.manifest import RoundDir
 from rstar.sandbox import Counts
 from rstar.search import collect
 from rstar.store import TreeWriter, read_trees

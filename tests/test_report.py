@@ -20,7 +20,7 @@ from rstar.report.results import results, results_table
 from rstar.report.sample import pack, sample_trees
 from rstar.report.sections import accuracy_against_tokens
 from rstar.report.show import best_path, clean, find_trees, near, problem_ids, show_tree
-from rstar.rounds import RoundDir, RunDir
+from rstar.manifest import RoundDir, RunDir
 from rstar.store import TreeWriter, write_json
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason, UserError

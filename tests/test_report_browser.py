@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rstar.report.html import write_report
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.store import TreeWriter
 from tests.report_run import HOSTILE, make_hostile, make_run, small_tree
 

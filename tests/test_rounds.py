@@ -21,7 +21,7 @@ from rstar.recipes.base_model import base_checkpoint
 from rstar.recipes.rows import own_prompt
 from rstar.recipes.rstar_math import check, ppm_rows, stages
 from rstar.report.unsolved import unsolved, unsolved_text
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest
+from rstar.manifest import RoundDir, RunDir, Stage, StageResult, input_digest
 from rstar.search.collect import SearchWorker
 from rstar.store import index, read_trees
 from rstar.training.data import read_rows
@@ -199,7 +199,7 @@ def test_stages_of_another_version_are_told_and_recorded(tmp_path: Path, monkeyp
 def test_one_driver_per_run_folder(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.acquire()
-    code = f"from rstar.rounds import RunDir; from pathlib import Path; RunDir(Path({str(run.path)!r})).acquire()"
+    code = f"from rstar.manifest import RunDir; from pathlib import Path; RunDir(Path({str(run.path)!r})).acquire()"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert other.returncode and "is in use by" in other.stderr and "pid" in other.stderr
     run.release()

@@ -17,7 +17,7 @@ from rstar import cli
 from rstar.engines.busy import Busy
 from rstar.report import progress
 from rstar.report.progress import Progress, SearchProgress, TrainingProgress, line
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.search.collect import ProblemSummary
 from rstar.status import status, status_text
 from rstar.store import TreeWriter, write_json

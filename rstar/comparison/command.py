@@ -17,7 +17,7 @@ from rstar.comparison.run import (
     usable,
 )
 from rstar.comparison.write import write_comparison
-from rstar.rounds import RunDir
+from rstar.manifest import RunDir
 from rstar.types import UserError
 
 

@@ -1,63 +1,14 @@
-"""Which model a run starts from, for every recipe."""
+"""Which model a run starts from, and the checkpoints of its stages, for every recipe."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
-from rstar.config import ModelSection, RunSection, WarmupSection
-from rstar.rounds import RunDir, run_dir
+from rstar.config import ModelSection, RunSection
+from rstar.manifest import run_dir
+from rstar.run import Artifact, Here
 from rstar.tokens import check_model_folder, check_tokenizer, load_tokenizer
-
-
-class Based(Protocol):
-    """A recipe's config, as far as its base model goes."""
-
-    @property
-    def run(self) -> RunSection: ...
-    @property
-    def model(self) -> ModelSection: ...
-
-
-class WarmedUp(Based, Protocol):
-    """A recipe's config, as far as the base of its rounds goes."""
-
-    @property
-    def warmup(self) -> WarmupSection: ...
-
-
-def base_checkpoint(config: WarmedUp, run: RunDir) -> str:
-    """What every round is trained from: the warm-up where there is one, else the base model itself."""
-    return str(run.round(0).policy) if config.warmup.enabled else start_checkpoint(config, run)
-
-
-def start_checkpoint(config: Based, run: RunDir) -> str:
-    """The base model as `start_of` has left it."""
-    if config.model.step_tokens:
-        return str(with_delimiters(run))
-    return base_model(config.model, run.path, seed=config.run.seed)
-
-
-def start_of(config: Based, run: RunDir) -> tuple[str, list[Path]]:
-    """What round 0 begins with (the base model, given the step delimiters where model.step_tokens says so), and its
-    folder where it is a new one."""
-    base = base_model(config.model, run.path, seed=config.run.seed)
-    if not config.model.step_tokens:
-        return base, []
-    from rstar.training.vocabulary import with_step_tokens
-
-    return str(with_step_tokens(base, with_delimiters(run))), [with_delimiters(run)]
-
-
-def check_base(config: Based) -> None:
-    """Raise UserError unless the base model is there and its tokenizer serves."""
-    base = base_model(config.model, run_dir(config.run).path, seed=config.run.seed)
-    check_tokenizer(load_tokenizer(base), template=config.model.template, name=base)
-
-
-def with_delimiters(run: RunDir) -> Path:
-    """The base model with the step delimiters in its vocabulary, where model.step_tokens asks for that."""
-    return run.round(0).path / "start"
 
 
 def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
@@ -67,7 +18,8 @@ def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
     """
     match section.base:
         case "smollm2":
-            from rstar.training.models import SMOLLM2_FOLDER, cache_folder, smollm2_checkpoint
+            from rstar.store import cache_folder
+            from rstar.training.models import SMOLLM2_FOLDER, smollm2_checkpoint
 
             folder = cache_folder()
             if not (folder / SMOLLM2_FOLDER).exists():
@@ -85,6 +37,35 @@ def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
             return path_or_id
 
 
+def check_base(model: ModelSection, run: RunSection) -> None:
+    """Raise UserError unless the base model is there and its tokenizer serves."""
+    base = base_model(model, run_dir(run).path, seed=run.seed)
+    check_tokenizer(load_tokenizer(base), template=model.template, name=base)
+
+
+def start_model(here: Here, model: ModelSection, run_seed: int) -> str:
+    """What round 0 begins with: the base model, given the step delimiters where model.step_tokens asks for them (then
+    an output of the stage)."""
+    base = base_model(model, here.round.root, seed=run_seed)
+    if not model.step_tokens:
+        return base
+    from rstar.training.vocabulary import with_step_tokens
+
+    return str(with_step_tokens(base, here.output("start")))
+
+
+def checkpoint(artifact: Artifact, model: ModelSection) -> str:
+    """Folder or hub id of the model that a stage has made; of a base stage that made none, what `model.base` names."""
+    if (artifact.path / "config.json").exists():
+        return str(artifact.path)
+    return absolute(base_model(model, artifact.folder.parent))
+
+
 def absolute(path_or_id: str) -> str:
     """Workers run in another folder: local paths travel absolute, hub ids as they are."""
     return str(Path(path_or_id).resolve()) if Path(path_or_id).exists() else path_or_id
+
+
+def own_folder_paths(model: ModelSection) -> ModelSection:
+    """The model's section with absolute paths, for workers that run in another folder."""
+    return replace(model, few_shot=absolute(model.few_shot)) if model.few_shot else model

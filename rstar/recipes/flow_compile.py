@@ -11,6 +11,7 @@ from rstar.config import (
     to_dict,
 )
 from rstar.extract.sft import sft_rows
+from rstar.manifest import RunDir, Stage, StageResult, input_digest
 from rstar.problems import load_problems
 from rstar.recipes.base_model import base_checkpoint
 from rstar.recipes.flow_figures import accuracy_table
@@ -28,7 +29,6 @@ from rstar.recipes.measuring import finished_eval, problem_trees, search_passes
 from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import seed_of
 from rstar.recipes.training import fine_tune
-from rstar.rounds import RunDir, Stage, StageResult, input_digest
 from rstar.store import read_json, shards, write_rows
 from rstar.types import SftRow, UserError
 

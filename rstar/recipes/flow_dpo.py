@@ -41,6 +41,7 @@ from rstar.config import (
 )
 from rstar.extract.flow_pairs import flow_pairs
 from rstar.machine import check_peft
+from rstar.manifest import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.generated import fresh
 from rstar.recipes.base_model import base_checkpoint, check_base, start_of
@@ -63,7 +64,6 @@ from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import files_read, seed_of
 from rstar.recipes.training import fine_tune
 from rstar.report.progress import Progress
-from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
 from rstar.store import read_json, shards, write_rows
 from rstar.tree import Tree

@@ -21,12 +21,12 @@ from rstar.config import (
     WarmupSection,
     to_dict,
 )
+from rstar.manifest import RunDir
 from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, stop_asked
 from rstar.recipes.base_model import absolute
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.rows import reference_row
 from rstar.recipes.verification import evaluated
-from rstar.rounds import RunDir
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import read_json
 from rstar.tokens import question_wrapper

@@ -16,11 +16,11 @@ from rstar.config import ClusterSection, EvalSection, SandboxSection, SearchSect
 from rstar.evaluation import EvalRecord, by_level, eval_record, measures
 from rstar.grading import Grader, is_equivalent_fast
 from rstar.report.progress import SearchProgress
-from rstar.rounds import RoundDir, StageResult
+from rstar.run import Counts, Here
 from rstar.sandbox import Sandbox
 from rstar.search.collect import SearchJob, SearchPass, check_search, unfinished
 from rstar.search.failures import infrastructure_failures
-from rstar.store import index, read_frame, read_trees, write_json
+from rstar.store import index, read_frame, read_trees, shards, write_json
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
 
@@ -94,6 +94,24 @@ def eval_search(method: str, section: EvalSection, search: SearchSection, *, wit
     raise UserError(f"evaluation method {method!r}", need="greedy, sample, beam, dvts, mcts")
 
 
+def eval_search_settings(search: SearchSection, *, guided: bool = True) -> SearchSection:
+    """The search settings that an evaluation reads; the others, which it has itself or has no use for, are at their
+    defaults, so that they can change without disowning it. `guided`: it searches, and does not only sample."""
+    if guided:
+        own = ("method", "rollouts", "candidates", "temperature", "seeds", "use_ppm", "ppm", "escalate", "second_pass")
+        plain = SearchSection()
+        return replace(search, **{name: getattr(plain, name) for name in own})
+    return SearchSection(
+        form=search.form,
+        top_p=search.top_p,
+        max_depth=search.max_depth,
+        max_step_tokens=search.max_step_tokens,
+        calculator=search.calculator,
+        drop_failed_steps=search.drop_failed_steps,
+        trees_in_flight=search.trees_in_flight,
+    )
+
+
 def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, with_ppm: bool) -> dict[str, SearchPass]:
     """One search pass per evaluation method; searches need a PPM and are left out without one."""
     return {
@@ -115,7 +133,7 @@ def problem_limit(method: str, section: EvalSection) -> int | None:
     return min(filter(None, limits), default=None)
 
 
-def evaluate(method: str, folder: Path, section: EvalSection, sandbox: SandboxSection) -> dict[str, Any]:
+def measure(method: str, folder: Path, section: EvalSection, sandbox: SandboxSection) -> dict[str, Any]:
     """Grade the trees of one method and measure them."""
     records = asyncio.run(eval_records(problem_trees(folder), sandbox))
     return {
@@ -135,15 +153,15 @@ def costs(records: Sequence[EvalRecord]) -> dict[str, Any]:
     }
 
 
-def finished_eval(
-    here: RoundDir, methods: dict[str, Any], outputs: Iterable[Path], **shown: list[dict[str, Any]]
-) -> StageResult:
-    """Write eval.json, with the curves and tables that the report draws; say what the stage has made."""
-    write_json(here.eval_json, {"round": here.number, "methods": methods, **shown})
-    folder = here.path.resolve()
-    files = (here.eval_json, *(here.path / path.resolve().relative_to(folder) for path in outputs))
+def write_evaluation(
+    here: Here, methods: dict[str, Any], folders: Iterable[Path], **shown: list[dict[str, Any]]
+) -> Counts:
+    """Write eval.json, with the curves and tables that the report draws, name the shards of `folders` as outputs too,
+    and return the counts of the stage."""
+    write_json(here.output("eval.json"), {"round": here.round.number, "methods": methods, **shown})
+    here.outputs.extend(shard for folder in folders for shard in shards(folder))
     counts = {name: {k: v for k, v in one.items() if k != "records"} for name, one in methods.items()}
-    return StageResult(files, counts | {k: v for k, v in shown.items() if k == "tables"})
+    return counts | {k: v for k, v in shown.items() if k == "tables"}
 
 
 async def eval_records(groups: Iterable[Sequence[Tree]], section: SandboxSection) -> list[EvalRecord]:

@@ -41,6 +41,7 @@ from typing import Any
 from rstar.config import ProblemsSection, for_round, to_dict
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation_row, few_shot_rows
 from rstar.machine import check_peft
+from rstar.manifest import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.overlap import text_key
 from rstar.problems.worked import solution_text
@@ -62,7 +63,6 @@ from rstar.recipes.orca2_parts import (
 from rstar.recipes.starting import seed_of
 from rstar.recipes.strategies import Strategies, choose, load_strategies
 from rstar.recipes.training import fine_tune
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.store import read_json, write_json, write_rows
 from rstar.tokens import load_tokenizer, wrap_question
 from rstar.types import Problem, UserError

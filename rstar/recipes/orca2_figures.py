@@ -13,11 +13,11 @@ from typing import Any
 from rstar.config import SandboxSection
 from rstar.evaluation import Measure, bootstrap, measures, paired
 from rstar.extract.explanations import Explanation
+from rstar.manifest import RoundDir, StageResult
 from rstar.problems import ProblemSet, load_benchmark
 from rstar.recipes.measuring import costs, eval_records, finished_eval, problem_trees
 from rstar.recipes.strategies import strategy_of
 from rstar.report.results import measure
-from rstar.rounds import RoundDir, StageResult
 from rstar.store import read_json
 from rstar.types import Problem
 

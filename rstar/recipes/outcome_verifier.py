@@ -56,6 +56,7 @@ from rstar.config import (
 )
 from rstar.extract.outcomes import outcome_rows
 from rstar.machine import check_peft
+from rstar.manifest import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.problems import ProblemSet, load_problems
 from rstar.recipes.base_model import absolute, check_base, start_checkpoint, start_of
 from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
@@ -64,7 +65,6 @@ from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.training import fine_tune
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import shards, write_rows
 from rstar.types import OutcomeRow, Problem, SftRow, UserError

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rstar.config import ProblemsSection, SearchSection, TrainSection, for_round
+from rstar.manifest import RunDir, run_dir
 from rstar.problems import BENCHMARKS, load_problems
 from rstar.recipes import rstar_math
 from rstar.recipes.measuring import eval_passes, problem_limit
 from rstar.report.results import count
-from rstar.rounds import RunDir, Stage, run_dir
+from rstar.run import Recipe, Stage
 from rstar.types import UserError
 
 
@@ -36,13 +36,13 @@ class Cost:
     tokens: float
 
 
-def plan(module: ModuleType, config: Any) -> str:
+def plan(recipe: Recipe[Any], config: Any) -> str:
     """The plan of all rounds as text. Needs no GPU, model or network; writes nothing.
 
     Of recipes other than rStar-Math it lists the stages and their state, without costs. Raises UserError for settings
     that do not go together.
     """
-    module.check_settings(config)
+    recipe.check_settings(config)
     run = run_dir(config.run)
     train, heldout, note = problem_counts(config.problems)
     lines = [f"{run.path}: {note}; {count(heldout)} held out"]
@@ -51,7 +51,7 @@ def plan(module: ModuleType, config: Any) -> str:
     for number in range(config.run.rounds + 1):
         settings = for_round(config, number)
         lines += ["", f"round {number}" if number else f"round 0: the base model, {settings.model.base}"]
-        for stage in module.stages(config, number):
+        for stage in recipe.stages(config, number):
             texts = [""]
             if isinstance(settings, rstar_math.Config):
                 known = rates if rates and rates.source != "at most" else at_most(settings.search)
@@ -198,7 +198,7 @@ def _details(
 
 
 def _writer(config: rstar_math.Config, number: int) -> str:
-    if rstar_math.bootstrapped(config, number):
+    if number == 1 and config.bootstrap.enabled:
         return f"{config.bootstrap.engine.model or config.bootstrap.model.base} ({config.bootstrap.engine.kind})"
     source = f"round {number - 1}" if number > 1 else "the base model"
     return f"{source} ({config.engine.kind})"

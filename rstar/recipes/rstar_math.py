@@ -64,8 +64,7 @@ D25 the PPM's head starts at N(0, 0.001) without bias and dropout, and the last 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rstar.config import (
@@ -83,33 +82,38 @@ from rstar.config import (
     TrainSection,
     WarmupSection,
     for_round,
-    to_dict,
 )
 from rstar.machine import check_peft
+from rstar.manifest import run_dir
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
-from rstar.recipes.base_model import absolute, base_checkpoint, base_model, start_of
+from rstar.recipes.base_model import absolute, base_model, checkpoint, own_folder_paths, start_model
 from rstar.recipes.measuring import (
     check_searches,
     eval_passes,
-    evaluate,
-    finished_eval,
+    eval_search_settings,
+    measure,
     problem_limit,
     problem_trees,
     search_passes,
     tree_counts,
     unsolved,
+    write_evaluation,
 )
 from rstar.recipes.rows import policy_rows, scorer_rows
-from rstar.recipes.starting import check_bootstrap, files_read, seed_of, serves_checkpoints, travelling
-from rstar.recipes.training import fine_tune
-from rstar.report.progress import TrainingProgress
-from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
+from rstar.recipes.training import (
+    check_bootstrap,
+    check_loads_checkpoints,
+    fine_tune,
+    scorer_training,
+    warm_up_training,
+)
+from rstar.run import Artifact, Counts, Here, Recipe, Run
 from rstar.search.collect import SearchJob, SearchPass
-from rstar.store import index, path_digest, shards, write_rows
+from rstar.store import index, shards, write_rows
 from rstar.tokens import check_tokenizer, load_tokenizer, question_wrapper
 from rstar.tree import Tree
-from rstar.types import OutcomeRow, PreferenceRow, Problem, QValueRow, UserError
+from rstar.types import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -133,27 +137,200 @@ class Config:
     rounds: dict[str, Any] = field(default_factory=dict)
 
 
-def stages(config: Config, number: int) -> list[Stage]:
-    """The stages of round `number` in order; round 0 is the base model and its evaluation."""
-    run = run_dir(config.run)
-    config = for_round(config, number)
-    if number == 0:
-        return [_base_stage(config, run), _eval_stage(config, run, 0)]
-    made = [_search_stage(config, run, number), _extract_stage(config, run, number), _policy_stage(config, run, number)]
-    made += [_ppm_stage(config, run, number)] if config.ppm.epochs else []
-    return [*made, _eval_stage(config, run, number)]
+def rstar_math(run: Run, config: Config) -> None:
+    """Four rounds, each of which searches with the policy and the PPM of the round before."""
+    c = for_round(config, 0)
+    start = run.round(0, c)
+    sft = warm_up_training(c.sft, c.warmup)
+    base = start.stage(prepare_base, c.model, c.problems, c.warmup, sft, c.sandbox, c.run.seed, name="base")
+    tested = (c.eval.without_search(), eval_search_settings(c.search, guided=False))
+    start.stage(evaluate, base, None, *tested, c.problems, c.model, c.engine, c.sandbox, c.cluster, name="eval")
+    policy: Artifact = base
+    ppm: Artifact | None = None
+    for rnd, c in run.rounds(config):
+        bootstrapped = rnd.number == 1 and c.bootstrap.enabled
+        writer = c.bootstrap if bootstrapped else c
+        trees = rnd.stage(
+            search, c.search, c.problems, writer.model, None if bootstrapped else policy,
+            ppm if c.search.use_ppm and not c.search.ppm else None, writer.engine, c.sandbox, c.cluster,
+        )  # fmt: skip
+        prompt = (c.model, base) if bootstrapped else (None, None)
+        rows = rnd.stage(extract, c.extract, c.ppm.loss, trees, *prompt)
+        policy = rnd.stage(train_policy, c.sft, rows, base, c.model, c.run.seed, name="policy")
+        ppm = rnd.stage(train_ppm, c.ppm, rows, policy, c.run.seed, name="ppm") if c.ppm.epochs else None
+        tested = (c.eval, eval_search_settings(c.search))
+        rnd.stage(evaluate, policy, ppm, *tested, c.problems, c.model, c.engine, c.sandbox, c.cluster, name="eval")
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+def prepare_base(
+    here: Here,
+    model: ModelSection,
+    problems: ProblemsSection,
+    warmup: WarmupSection,
+    sft: TrainSection,
+    sandbox: SandboxSection,
+    run_seed: int,
+) -> Counts:
+    """The base of all rounds: the model as it is, given the step delimiters, or warmed up on worked solutions (D14)."""
+    policy = [here.output("policy")] if warmup.enabled else []
+    start, pool = start_model(here, model, run_seed), load_problems(problems)
+    found = {"train": len(pool.train), "heldout": len(pool.heldout), "dropped": dict(pool.dropped)}
+    base = base_model(model, here.round.root, seed=run_seed)
+    counts: dict[str, Any] = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
+    for output in policy:
+        from rstar.warmup import warmup_rows
+
+        rows = warmup_rows(warmup, problems, pool, sandbox, question_wrapper(start, model))
+        write_rows(here.round.path / "warmup.jsonl", rows)
+        counts |= fine_tune(here.round.path / "warmup.jsonl", start, output, sft, run_seed, "warm-up")
+    return counts
+
+
+def search(
+    here: Here,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    policy: Artifact | None,
+    ppm: Artifact | None,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """Grow the trees of all training problems. Without a `policy` the bootstrap model, `model`, writes the steps."""
+    here.resume(here.round.trees)
+    notes = here.notes
+    unsolved_only = notes.pop("unsolved", False)  # of trees that are continued
+    pool, folder = load_problems(problems).train, here.round.trees
+    scorer = search.ppm or (str(ppm.path) if ppm is not None else "")
+    job = SearchJob(
+        passes=(SearchPass(folder.resolve(), search, **notes),),
+        engine=engine,
+        sandbox=sandbox,
+        model=own_folder_paths(model),
+        policy=checkpoint(policy, model) if policy is not None else model.base and absolute(model.base),
+        ppm=absolute(scorer) if search.use_ppm else "",
+        bootstrap=policy is None,
+    )
+
+    def grow(job: SearchJob, some: Sequence[Problem], name: str) -> None:
+        before = here.round.root / f"round_{here.round.number - 1:02d}"
+        search_passes(job, [some], cluster, f"round {here.round.number} {name}", before=before)
+
+    grow(job, unsolved(pool, folder) if unsolved_only else pool, "search")
+    if again := second_pass(search):
+        had = {name.rpartition("#")[0] for name in index(folder) if name.endswith(f"#{again.seeds[0]}")}
+        had |= {problem.id for problem in unsolved(pool, folder)}
+        if left := [problem for problem in pool if problem.id in had]:
+            grow(replace(job, passes=(replace(job.passes[0], search=again),)), left, "second pass")
+    here.outputs.extend(shards(here.round.path))
+    return tree_counts(pool, folder)
+
+
+def second_pass(search: SearchSection) -> SearchSection | None:
+    """A fresh tree with the next seed for every problem that is unsolved (D15); None where it is off."""
+    if not search.second_pass:
+        return None
+    return replace(search, rollouts=search.second_pass, escalate=[], seeds=[max(search.seeds) + 1])
+
+
+def extract(
+    here: Here,
+    extract: ExtractSection,
+    ppm_loss: str,
+    trees: Artifact,
+    model: ModelSection | None,
+    base: Artifact | None,
+) -> Counts:
+    """SFT rows and the PPM's rows of a round's trees. With `model` and `base` the trees are a bootstrap model's, and
+    their rows get the prompt that is trained (D16)."""
+
+    def searched() -> Iterator[list[Tree]]:
+        wrap = question_wrapper(checkpoint(base, model), model) if model is not None and base is not None else None
+        for found in problem_trees(trees.folder):
+            if wrap is not None:
+                found = [replace(tree, prompt=step_prompt(wrap(tree.problem.question)).segments) for tree in found]
+            yield found
+
+    counts = dict[str, int]()
+    counts["sft_rows"] = write_rows(
+        here.output("sft.jsonl"), (row for found in searched() for row in policy_rows(found, extract))
+    )
+    if not counts["sft_rows"]:
+        raise UserError(
+            f"{here.title} found no correct trajectory", need="at least one solved problem",
+            how="more rollouts, easier problems, or a stronger policy",
+        )  # fmt: skip
+    for loss in dict.fromkeys(("pairwise", ppm_loss)):  # pairs are written for any loss
+        path = here.output(PPM_ROWS[loss])
+        rows = (row for found in searched() for row in scorer_rows(found, extract, loss))
+        counts[path.stem] = write_rows(path, rows)
+    return counts
+
+
+PPM_ROWS = {"pairwise": "pairs.jsonl", "mse": "pqm.jsonl", "bce": "orm.jsonl"}
+"""ppm.loss -> the file of rows that it is trained on: pairs (PPM), Q-values (PQM) or outcomes (ORM)."""
+
+
+def train_policy(
+    here: Here, sft: TrainSection, rows: Artifact, base: Artifact, model: ModelSection, run_seed: int
+) -> Counts:
+    """Fine-tune the base on the round's solutions."""
+    return fine_tune(rows.path, checkpoint(base, model), here.output("policy"), sft, run_seed, here.title)
+
+
+def train_ppm(here: Here, ppm: PpmSection, rows: Artifact, policy: Artifact, run_seed: int) -> Counts:
+    """Train the PPM, from the round's policy."""
+    file = rows.folder / PPM_ROWS[ppm.loss]
+    return scorer_training(file, str(policy.path), here.output("ppm"), ppm, run_seed, f"round {here.round.number} PPM")
+
+
+def evaluate(
+    here: Here,
+    policy: Artifact,
+    ppm: Artifact | None,
+    eval: EvalSection,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """Measure a round's models on the held-out problems; searches only where there is a PPM."""
+    folder = here.round.eval
+    here.resume(folder)
+    heldout = load_problems(problems).heldout
+    passes = eval_passes(eval, search, folder, with_ppm=ppm is not None)
+    job = SearchJob(
+        passes=tuple(passes.values()),
+        engine=engine,
+        sandbox=sandbox,
+        model=own_folder_paths(model),
+        policy=checkpoint(policy, model),
+        ppm=absolute(str(ppm.path)) if ppm is not None else "",
+    )
+    sets = [heldout[: problem_limit(method, eval)] for method in passes]
+    search_passes(job, sets, cluster, f"round {here.round.number} evaluation")
+    measured = {method: measure(method, one.folder, eval, sandbox) for method, one in passes.items()}
+    return write_evaluation(here, measured, [folder / method for method in passes])
+
+
+# -- what can be checked before ---------------------------------------------------------------------------------------
 
 
 def check_settings(config: Config) -> None:
-    """What `check` finds in the settings alone, without a file. Raises UserError."""
-    serves_checkpoints(config.engine)
+    """Find mistakes in the settings alone, without a file. Raises UserError."""
+    check_loads_checkpoints(config.engine)
     check_bootstrap(config.bootstrap)
     for number in range(1, config.run.rounds + 1):
         own = for_round(config, number)
-        search = own.search
-        check_searches(search, own.eval)
+        check_searches(own.search, own.eval)
         trained = number > 1 and for_round(config, number - 1).ppm.epochs
-        if search.use_ppm and not search.ppm and not trained:
+        if own.search.use_ppm and not own.search.ppm and not trained:
             why = " (ppm.epochs=0)" if number > 1 else ""
             said = f"round {number} searches with a PPM, round {number - 1} trains none{why}"
             raise UserError(said, need=f"a PPM, or rounds.r{number}.search.use_ppm=false")
@@ -185,229 +362,4 @@ def check(config: Config) -> ProblemSet:
     return problems
 
 
-# -- round 0 ---------------------------------------------------------------------------------------------------------
-
-
-def _base_stage(config: Config, run: RunDir) -> Stage:
-    here = run.round(0)
-    settings = {"model": to_dict(config.model), "warmup": to_dict(config.warmup), "problems": to_dict(config.problems)}
-    settings["run"] = seed_of(config.run)
-    if config.warmup.enabled:
-        own = ("epochs", "learning_rate", "batch_size")  # which the warm-up has itself
-        settings["sft"] = {key: value for key, value in _shaping(config.sft).items() if key not in own}
-
-    def work() -> StageResult:
-        (start, outputs), pool = start_of(config, run), load_problems(config.problems)
-        found = {"train": len(pool.train), "heldout": len(pool.heldout), "dropped": dict(pool.dropped)}
-        base = base_model(config.model, run.path, seed=config.run.seed)
-        counts = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
-        if not config.warmup.enabled:
-            return StageResult(tuple(outputs), counts)
-        from rstar.warmup import warmup_rows
-
-        rows = warmup_rows(config.warmup, config.problems, pool, config.sandbox, question_wrapper(start, config.model))
-        section = replace(
-            config.sft,
-            epochs=config.warmup.epochs,
-            learning_rate=config.warmup.learning_rate,
-            batch_size=config.warmup.batch_size,
-        )
-        result = fine_tune(rows, start, here.policy, section, config.run.seed, "warm-up")
-        return StageResult((*outputs, here.policy), counts | result)
-
-    return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
-
-
-# -- search ----------------------------------------------------------------------------------------------------------
-
-
-def bootstrapped(config: Config, number: int) -> bool:
-    """Whether a bootstrap policy, and not a model of this run, searches round `number`."""
-    return number == 1 and config.bootstrap.enabled
-
-
-def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, before = run.round(number), run.round(number - 1)
-    writer = config.bootstrap if bootstrapped(config, number) else config
-    settings = {
-        "search": _shaping(config.search),
-        "problems": to_dict(config.problems),
-        "model": to_dict(writer.model),
-        "engine": {"kind": writer.engine.kind, "model": writer.engine.model},
-    }
-
-    def inputs() -> dict[str, str]:
-        start = "base" if number == 1 else "policy"
-        found = {"policy": input_digest(before, start), **files_read(config.problems, writer.model)}
-        if config.search.use_ppm:
-            found["ppm"] = path_digest(Path(config.search.ppm)) if config.search.ppm else input_digest(before, "ppm")
-        return found
-
-    def policy() -> str:
-        if bootstrapped(config, number):
-            return config.bootstrap.model.base and absolute(config.bootstrap.model.base)
-        return absolute(base_checkpoint(config, run) if number == 1 else str(before.policy))
-
-    def work() -> StageResult:
-        pool, notes = load_problems(config.problems).train, here.started("search").get("notes", {})
-        unsolved_only = notes.pop("unsolved", False)  # of trees that are taken up again
-        job = SearchJob(
-            passes=(SearchPass(here.path.resolve(), config.search, **notes),),
-            engine=writer.engine,
-            sandbox=config.sandbox,
-            model=travelling(writer.model),
-            policy=policy(),
-            ppm=absolute(config.search.ppm or str(before.ppm)) if config.search.use_ppm else "",
-            bootstrap=bootstrapped(config, number),
-        )
-
-        def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
-            search_passes(job, [problems], config.cluster, f"round {number} {name}", before=before.trees)
-
-        search(job, unsolved(pool, here.trees) if unsolved_only else pool, "search")
-        if again := second_pass(config.search):
-            had = {name.rpartition("#")[0] for name in index(here.trees) if name.endswith(f"#{again.seeds[0]}")}
-            had |= {problem.id for problem in unsolved(pool, here.trees)}
-            left = [problem for problem in pool if problem.id in had]
-            if left:
-                search(replace(job, passes=(replace(job.passes[0], search=again),)), left, "second pass")
-        return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
-
-    return Stage(here, "search", settings, inputs, work, resumes=True)
-
-
-def second_pass(search: SearchSection) -> SearchSection | None:
-    """A fresh tree with the next seed for every problem that is unsolved (D15); None where it is off."""
-    if not search.second_pass:
-        return None
-    return replace(search, rollouts=search.second_pass, escalate=[], seeds=[max(search.seeds) + 1])
-
-
-_UNREAD = ("trees_in_flight", "checkpoint_rollouts", "processes", "report_to", "save_steps", "gradient_checkpointing")
-"""How a stage is run, not what it makes: free to change between and within rounds."""
-
-
-def _shaping(section: SearchSection | TrainSection) -> dict[str, Any]:
-    return {key: value for key, value in to_dict(section).items() if key not in _UNREAD}
-
-
-# -- extract ---------------------------------------------------------------------------------------------------------
-
-
-def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, section, loss = run.round(number), config.extract, config.ppm.loss
-    settings: dict[str, Any] = {"extract": to_dict(section), "ppm": {"loss": loss}}
-    settings |= {"model": to_dict(config.model)} if bootstrapped(config, number) else {}
-
-    def searched() -> Iterator[list[Tree]]:
-        """The trees of each problem, with the prompt that is trained (D16)."""
-        wrap = question_wrapper(base_checkpoint(config, run), config.model) if bootstrapped(config, number) else None
-        for trees in problem_trees(here.trees):
-            if wrap is not None:
-                trees = [replace(tree, prompt=step_prompt(wrap(tree.problem.question)).segments) for tree in trees]
-            yield trees
-
-    def work() -> StageResult:
-        outputs, counts = [here.sft], dict[str, int]()
-        counts["sft_rows"] = write_rows(here.sft, (r for trees in searched() for r in policy_rows(trees, section)))
-        if not counts["sft_rows"]:
-            raise UserError(
-                f"round {number} found no correct trajectory", need="at least one solved problem",
-                how="more rollouts, easier problems, or a stronger policy",
-            )  # fmt: skip
-        for kind in dict.fromkeys(("pairwise", loss)):  # pairs are written for any loss
-            path = ppm_rows(here, kind)[0]
-            outputs.append(path)
-            counts[path.stem] = write_rows(path, (r for trees in searched() for r in scorer_rows(trees, section, kind)))
-        return StageResult(tuple(outputs), counts)
-
-    return Stage(here, "extract", settings, lambda: {"trees": input_digest(here, "search")}, work)
-
-
-def ppm_rows(here: RoundDir, loss: str) -> tuple[Path, type[PreferenceRow] | type[QValueRow] | type[OutcomeRow]]:
-    """The file and kind of row that a loss is trained on: pairs (PPM), Q-values (PQM) or outcomes (ORM)."""
-    return {"mse": (here.pqm, QValueRow), "bce": (here.orm, OutcomeRow)}.get(loss, (here.pairs, PreferenceRow))
-
-
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-def _policy_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here = run.round(number)
-
-    def inputs() -> dict[str, str]:
-        return {"rows": input_digest(here, "extract"), "base": input_digest(run.round(0), "base")}
-
-    def work() -> StageResult:
-        base, title = base_checkpoint(config, run), f"round {number} policy"
-        result = fine_tune(here.sft, base, here.policy, config.sft, config.run.seed, title)
-        return StageResult((here.policy,), result)
-
-    return Stage(here, "policy", {"sft": _shaping(config.sft), "run": seed_of(config.run)}, inputs, work)
-
-
-def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here = run.round(number)
-
-    def inputs() -> dict[str, str]:
-        return {"rows": input_digest(here, "extract"), "policy": input_digest(here, "policy")}
-
-    def work() -> StageResult:
-        from rstar.training.data import read_rows
-        from rstar.training.ppm import train_ppm
-
-        rows: Any = read_rows(*ppm_rows(here, config.ppm.loss))
-        with TrainingProgress(f"round {number} PPM") as progress:
-            result = train_ppm(rows, str(here.policy), here.ppm, config.ppm, seed=config.run.seed, on_progress=progress)
-        return StageResult((here.ppm,), {"rows": len(rows), **asdict(result)})
-
-    return Stage(here, "ppm", {"ppm": _shaping(config.ppm), "run": seed_of(config.run)}, inputs, work)
-
-
-# -- evaluation ------------------------------------------------------------------------------------------------------
-
-
-_GUIDED = ("rollouts", "candidates", "trajectories", "top_k", "search_problems")  # round 0 has no PPM to search with
-_NOT_EVALUATED = (  # keys of the search section that an evaluation has itself, or has no use for
-    "method", "rollouts", "candidates", "temperature", "seeds", "use_ppm", "ppm", "escalate", "second_pass",
-    "trees_in_flight", "checkpoint_rollouts",
-)  # fmt: skip
-_NOT_SAMPLED = (  # nor has a single sampled solution
-    *_NOT_EVALUATED, "c", "selection", "unvisited_first", "ppm_prior_visits", "beam_width", "back_up_max_depth",
-    "back_up_dead_ends", "first_answer_only", "answer_candidates", "rollouts_in_flight",
-)  # fmt: skip
-
-
-def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, with_ppm = run.round(number), number > 0 and config.ppm.epochs > 0
-    unread = _NOT_EVALUATED if number else _NOT_SAMPLED
-    settings = {
-        "eval": {key: value for key, value in to_dict(config.eval).items() if number or key not in _GUIDED},
-        "problems": to_dict(config.problems),
-        "model": to_dict(config.model),
-        "search": {key: value for key, value in to_dict(config.search).items() if key not in unread},
-    }
-
-    def inputs() -> dict[str, str]:
-        files = files_read(config.problems, config.model)
-        if number == 0:
-            return {"policy": input_digest(here, "base"), **files}
-        return {name: input_digest(here, name) for name in ("policy", "ppm") if name == "policy" or with_ppm} | files
-
-    def work() -> StageResult:
-        heldout = load_problems(config.problems).heldout
-        passes = eval_passes(config.eval, config.search, here.eval, with_ppm=with_ppm)
-        job = SearchJob(
-            passes=tuple(passes.values()),
-            engine=config.engine,
-            sandbox=config.sandbox,
-            model=config.model,
-            policy=absolute(base_checkpoint(config, run) if number == 0 else str(here.policy)),
-            ppm=absolute(str(here.ppm)) if with_ppm else "",
-        )
-        sets = [heldout[: problem_limit(m, config.eval)] for m in passes]
-        search_passes(job, sets, config.cluster, f"round {number} evaluation")
-        results = {m: evaluate(m, passes[m].folder, config.eval, config.sandbox) for m in passes}
-        return finished_eval(here, results, (shard for one in passes.values() for shard in shards(one.folder)))
-
-    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(here.eval,))
+RECIPE = Recipe(rstar_math, Config, check, check_settings)

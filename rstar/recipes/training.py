@@ -1,83 +1,62 @@
-"""Training a policy in a stage, and from files: rows or trees of any origin, as `rstar train` does without a round."""
+"""Trainings of a stage, with progress, and what can be checked of their settings."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rstar.config import ExtractSection, ModelSection, PpmSection, TrainSection, load
-from rstar.recipes import load_config
-from rstar.recipes.base_model import base_model
-from rstar.recipes.measuring import problem_trees
-from rstar.recipes.rows import own_prompt, policy_rows, scorer_rows
+from rstar.config import (
+    BootstrapSection,
+    EngineSection,
+    PpmSection,
+    TrainSection,
+    WarmupSection,
+)
 from rstar.report.progress import TrainingProgress
 from rstar.types import SftRow, UserError
 
 
-def fine_tune(
-    rows: Sequence[SftRow] | Path, base: str, output: Path, section: TrainSection, seed: int, title: str
-) -> dict[str, Any]:
-    """Fine-tune a policy from `base` on rows, or on a file of them, with progress; returns the counts for its stage."""
+def fine_tune(rows: Path, base: str, output: Path, section: TrainSection, seed: int, title: str) -> dict[str, Any]:
+    """Fine-tune a policy from `base` on a file of rows, with progress; returns the counts for its stage."""
     from rstar.training.data import read_rows
     from rstar.training.sft import train_policy
 
-    rows = read_rows(rows, SftRow) if isinstance(rows, Path) else rows
     with TrainingProgress(title) as progress:
-        return asdict(train_policy(rows, base, output, section, seed=seed, on_progress=progress))
+        return asdict(train_policy(read_rows(rows, SftRow), base, output, section, seed=seed, on_progress=progress))
 
 
-def train_from_files(options: Namespace) -> str:
-    """Train the policy or PPM that the arguments of `rstar train` name from a .jsonl file of rows or a folder of trees.
-
-    Settings are those of options.config, else the paper's. Returns what came out, in words.
-    """
-    what, source, output = options.what, Path(options.source), Path(options.out)
-    if what == "verifier":
-        raise UserError(f"rstar train verifier {source}", need="a CONFIG.yaml of recipe outcome_verifier")
-    if not (options.model and options.out):
-        raise UserError(f"rstar train {what} {source}", need="--model and --out, or a CONFIG.yaml")
-    if output.exists() and not (output / "config.json").exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--out {output} holds other things", need="a new folder, or a checkpoint to replace")
-    from rstar.recipes import rstar_math  # which trains with the function above
+def scorer_training(rows: Path, base: str, output: Path, section: PpmSection, seed: int, title: str) -> dict[str, Any]:
+    """As `fine_tune`, a PPM (or PQM, ORM: ppm.loss) on a file of its rows."""
     from rstar.training.data import read_rows
     from rstar.training.ppm import row_kind, train_ppm
-    from rstar.training.sft import train_policy
 
-    overrides = [f"model.base={options.model}", *options.overrides]
-    if options.config:
-        config = load_config(options.config, overrides)[1]
-    else:
-        config = load(rstar_math.Config, None, overrides)
-    if not isinstance(config, rstar_math.Config):
-        raise UserError(f"{options.config} is of recipe {config.recipe}", need="one of recipe rstar_math")
-    section: TrainSection = config.sft if what == "policy" else config.ppm
-    loss = section.loss if isinstance(section, PpmSection) else ""
-    kind: Any = row_kind(loss) if loss else SftRow
-    if source.is_dir():
-        extract: ExtractSection = config.extract
-        rows: list[Any] = [
-            row
-            for trees in map(own_prompt, problem_trees(source))
-            for row in (scorer_rows(trees, extract, loss) if loss else policy_rows(trees, extract))
-        ]
-    elif source.is_file():
-        rows = read_rows(source, kind)
-    else:
-        raise UserError(f"no file or folder {source}", need="rows (.jsonl) or a folder with trees-*.jsonl.zst")
-    folder = base_model(ModelSection(base=options.model), output.parent, seed=config.run.seed)
-    with TrainingProgress(what) as progress:
-        more: dict[str, Any] = {"seed": config.run.seed, "on_progress": progress}
-        if not isinstance(section, PpmSection):
-            result, after = train_policy(rows, folder, output, section, **more), None
-        else:
-            found = train_ppm(rows, folder, output, section, **more)
-            result, after = found.training, found.heldout_after or found.train_after
-    text = f"{output}: {result.rows} rows ({result.truncated} truncated), {result.steps} steps, "
-    text += f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {result.seconds:.0f} s\n"
-    if after is not None:
-        side = "held-out" if result.rows < len(rows) else "training"
-        text += f"pair accuracy {after.accuracy:.3f} on {after.pairs} {side} pairs\n"
-    return text + f"metrics: {result.metrics}"
+    found: Any = read_rows(rows, row_kind(section.loss))
+    with TrainingProgress(title) as progress:
+        result = train_ppm(found, base, output, section, seed=seed, on_progress=progress)
+    return {"rows": len(found), **asdict(result)}
+
+
+def warm_up_training(sft: TrainSection, warmup: WarmupSection) -> TrainSection:
+    """How the base is warmed up: as policies are fine-tuned, with the warm-up's own epochs, rate and batch."""
+    if not warmup.enabled:
+        return TrainSection()
+    return replace(sft, epochs=warmup.epochs, learning_rate=warmup.learning_rate, batch_size=warmup.batch_size)
+
+
+def check_loads_checkpoints(engine: EngineSection) -> None:
+    """Refuse an engine that could not run what the rounds train. Raises UserError."""
+    if engine.kind == "openai":
+        raise UserError(
+            f"engine.kind=openai, whose server has {engine.model or 'one model'} in every round",
+            need="an engine that loads what the rounds train: hf or vllm",
+            how="recipe rstar_math lets a server search round 1: see bootstrap.* in `rstar config`",
+        )
+
+
+def check_bootstrap(section: BootstrapSection) -> None:
+    """Refuse a server of round 1's solutions that could not be asked. Raises UserError."""
+    if section.enabled and section.engine.kind == "openai":
+        from rstar.engines.openai import check_server
+
+        check_server(section.engine, "bootstrap.engine")

@@ -17,11 +17,11 @@ from pathlib import Path
 import orjson
 
 from rstar.config import digest
+from rstar.manifest import RoundDir
 from rstar.report import searched, sections
 from rstar.report.look import Look, look
 from rstar.report.results import Results, main_table, results
 from rstar.report.sample import Sample, sample_trees
-from rstar.rounds import RoundDir
 from rstar.store import replacing
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rstar.manifest import RoundDir
 from rstar.report.show import problem_of
 from rstar.report.unsolved import Unsolved, Votes
-from rstar.rounds import RoundDir
 from rstar.store import FrameRef, index, read_frame
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason, UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rstar.evaluation import Measure
-from rstar.rounds import RoundDir, StageRecord
+from rstar.manifest import RoundDir, StageRecord
 from rstar.store import read_json
 from rstar.types import UserError
 

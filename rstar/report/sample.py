@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
+from rstar.manifest import RoundDir
 from rstar.report.look import Look, Seen, disagreement, scored_steps, shuffled
 from rstar.report.show import best_path, common_answer, find_refs, problem_of, shown_text
-from rstar.rounds import RoundDir
 from rstar.store import FrameRef, read_frame
 from rstar.tree import Node, Tree
 from rstar.types import JsonValue

@@ -11,9 +11,9 @@ from itertools import zip_longest
 import orjson
 
 from rstar.evaluation import Candidate, EvalRecord, Pick, bootstrap, chosen_share, top_score, vote
+from rstar.manifest import RoundDir
 from rstar.report.charts import Point, Series, bar_chart, line_chart, log_ticks
 from rstar.report.results import NONE, Results, RoundResult, Table, count, in_order, measure, share, training_table
-from rstar.rounds import RoundDir
 from rstar.store import read_json
 
 LOSS_POINTS = 120  # of a loss curve

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.cells import cell_len, chop_cells
 
+from rstar.manifest import RoundDir
 from rstar.prompts import DELIMITERS
 from rstar.report.results import round_numbers
-from rstar.rounds import RoundDir
 from rstar.store import FrameRef, index, read_frame
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason, UserError

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rstar.manifest import RoundDir
 from rstar.report.results import round_numbers
 from rstar.report.show import clean
-from rstar.rounds import RoundDir
 from rstar.store import read_trees
 from rstar.tree import Tree
 from rstar.types import Problem

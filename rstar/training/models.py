@@ -6,7 +6,6 @@ Weights are float32 always; bf16 is an autocast of the forward pass on hardware 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,13 +183,6 @@ def save_model(
     with complete_or_absent(folder) as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $RSTAR_CACHE, else the user's cache folder."""
-    if "RSTAR_CACHE" in os.environ:
-        return Path(os.environ["RSTAR_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rstar"
 
 
 def smollm2_checkpoint(cache_dir: Path) -> Path:

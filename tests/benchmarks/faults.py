@@ -43,7 +43,7 @@ from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.recipes import load_config, measuring, rstar_math
 from rstar.report.html import write_report
-from rstar.rounds import Stage, StageResult, run_dir
+from rstar.manifest import Stage, StageResult, run_dir
 from rstar.sandbox import Counts, SandboxError
 from rstar.search import collect
 from rstar.search.collect import ProblemSummary, WorkItem

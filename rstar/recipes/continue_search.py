@@ -1,4 +1,4 @@
-"""Finished trees taken up again: grown further, joined by trees of other seeds, or re-scored with another PPM.
+"""Finished trees that are continued: grown further, joined by trees of other seeds, or re-scored with another PPM.
 
 A change is a set of overrides of the round's search settings, so a run whose trees have changed is described by a
 config as before, and `rstar evolve` goes on from there with those overrides. The stages behind the search were made
@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rstar.config import SearchSection, for_round
 from rstar.recipes import load_config
 from rstar.recipes.rows import own_prompt
-from rstar.rounds import Stage, override, same_settings
+from rstar.run import Recipe, Stage, override
 from rstar.store import index, read_trees
 from rstar.types import UserError
 
@@ -66,7 +65,7 @@ def overrides(search: SearchSection, number: int, change: Change) -> list[str]:
     return [override(number, f"search.{key}", value) for key, value in settings.items()]
 
 
-def take_up(module: ModuleType, config: Any, source: tuple[str, list[str]], number: int, change: Change) -> list[str]:
+def take_up(recipe: Recipe[Any], config: Any, source: tuple[str, list[str]], number: int, change: Change) -> list[str]:
     """Make round `number`'s search stage ready to be run again with the change; returns its overrides.
 
     `source` is the config's file and overrides. A change that was interrupted is resumed, one that is finished is left
@@ -74,9 +73,9 @@ def take_up(module: ModuleType, config: Any, source: tuple[str, list[str]], numb
     """
     added = overrides(for_round(config, number).search, number, change)
     path, given = source
-    before = _search(module, config, number)
-    after = _search(module, load_config(path, [*given, *added])[1], number)
-    here, wanted = after.round, {"settings": after.settings, "inputs": after.inputs()}
+    before = _search(recipe, config, number)
+    after = _search(recipe, load_config(path, [*given, *added])[1], number)
+    here = after.round
     if change.ppm:
         own_prompt(list(islice(read_trees(here.trees), 1)))  # a PPM reads the prompt that it was trained on
     for later in (folder for folder in here.root.glob("round_*") if folder.name >= here.path.name):
@@ -86,19 +85,19 @@ def take_up(module: ModuleType, config: Any, source: tuple[str, list[str]], numb
                 need="a PPM that stays as it is",
                 how=f"copy it: cp -r {change.ppm} {here.root / 'ppm_kept'}",
             )
-    record, started = here.record("search"), here.started("search")
-    if record is not None and same_settings({"settings": record.settings, "inputs": record.inputs}, wanted):
+    record, note = here.record("search"), here.note("search")
+    if record is not None and not after.changes(record):
         return added
-    if not started or not same_settings(started, wanted):
-        inputs = before.inputs()
-        if record is not None and change.ppm and "ppm" in inputs:
-            inputs |= {"ppm": record.inputs.get("ppm", "")}  # the PPM before does not matter any more
-        if record is None or here.finished("search", before.settings, inputs) is None:
+    begun = record is None and note.get("notes") and not after.changes(note)
+    if not begun:
+        old_ppm = ("ppm", "search.ppm") if change.ppm else ()  # does not matter any more, and may be gone
+        changed = record is not None and any(key not in old_ppm for key, *_ in before.changes(record))
+        if record is None or ((changed or not old_ppm) and before.finished() is None):
             raise UserError(
                 f"{here.path} has no finished search", how=f"run it first: rstar search {path} --round {number}"
             )
         revision = 1 + max((ref.revision for ref in index(here.trees).values()), default=0)
-        here.start("search", **wanted, revision=revision, rescore=bool(change.ppm), unsolved=change.unsolved)
+        after.start(revision=revision, rescore=bool(change.ppm), unsolved=change.unsolved)
     dropped = [name for name in here.drop("search") if name != "search"]
     if dropped:
         print(f"{here.path}: to be made again from the new trees: {', '.join(dropped)}", flush=True)
@@ -107,8 +106,8 @@ def take_up(module: ModuleType, config: Any, source: tuple[str, list[str]], numb
     return added
 
 
-def _search(module: ModuleType, config: Any, number: int) -> Stage:
-    for stage in module.stages(config, number):
-        if isinstance(stage, Stage) and stage.name == "search":
+def _search(recipe: Recipe[Any], config: Any, number: int) -> Stage:
+    for stage in recipe.stages(config, number):
+        if stage.name == "search":
             return stage
     raise UserError(f"round {number} has no stage search", need="a round that searches")
