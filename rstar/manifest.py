@@ -105,8 +105,8 @@ class RoundDir:
     def drop(self, stage: str) -> list[str]:
         """Forget that `stage` and the stages behind it are finished; returns those. Their files stay where they are.
 
-        The call of `stage` itself is kept, so that what it has made is gone on with where settings and inputs are the
-        same; those of the stages behind it go.
+        The call file of `stage` is kept: what it has made counts where settings and inputs are still the same. Those of
+        the stages behind it go.
         """
         records = self.records()
         names = list(records)
@@ -116,6 +116,8 @@ class RoundDir:
         for path in self.path.glob(".*-call.json"):
             if path not in kept:
                 path.unlink()
+        if (note := self.note(stage)) and not note.get("notes"):
+            write_json(self.call_file(stage), note | {"dropped": True})
         return dropped
 
     def call_file(self, stage: str) -> Path:
@@ -127,18 +129,26 @@ class RoundDir:
         path = self.call_file(stage)
         return dict(read_json(path)) if path.exists() else {}
 
-    def finish(self, stage: str, *, outputs: Sequence[Path], counts: Mapping[str, Any], seconds: float) -> StageRecord:
+    def finish(
+        self,
+        stage: str,
+        *,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        outputs: Sequence[Path],
+        counts: Mapping[str, Any],
+        seconds: float,
+    ) -> StageRecord:
         """Write the record of a stage whose outputs are in place; the last act of a stage.
 
-        Settings and inputs are those of its call file. `seconds` are added to those of earlier attempts that were
-        stopped (lost where one was killed).
+        `seconds` are added to those of earlier attempts that were stopped (lost where one was killed).
         """
         note, version = self.note(stage), software()
         begun_by = note.get("version", "")
         record = StageRecord(
             stage=stage,
-            settings=note.get("settings", {}),
-            inputs=note.get("inputs", {}),
+            settings=dict(settings),
+            inputs=dict(inputs),
             outputs={str(path.relative_to(self.path)): file_state(path) for path in outputs},
             counts=dict(counts),
             seconds=round(seconds + note.get("seconds", 0.0), 2),

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -116,20 +117,12 @@ class Stage:
         """The arguments that are no artifacts, as they are recorded."""
         return {name: to_json(value) for name, value in self.call.arguments.items() if not _artifacts(value)}
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, str]:
-        """Digests of the artifacts and of the files that the arguments name. Raises UserError for an unfinished one."""
+        """Digests of the artifacts and of the files that the arguments name."""
         found: dict[str, str] = {}
         for name, value in self.call.arguments.items():
-            artifacts = _artifacts(value)
-            for artifact in artifacts:
-                if not artifact.digest:
-                    raise UserError(
-                        f"{artifact.folder} has no finished stage {artifact.name.rpartition(' ')[2]}",
-                        need="the stages before this one",
-                        how="run `rstar evolve`, or the earlier rounds and stages first",
-                    )
-            if artifacts:
+            if artifacts := _artifacts(value):
                 found[name] = artifacts[0].digest if len(artifacts) == 1 else digest([one.digest for one in artifacts])
             else:
                 found |= {key: input_digest(path) for key, path in _files(name, value)}
@@ -138,13 +131,20 @@ class Stage:
     def finished(self) -> StageRecord | None:
         """Its record if it is complete, None if it has to be run.
 
-        Raises UserError, naming the keys, where it was made, or begun, from other settings or inputs, and naming the
-        files where they are not what it wrote.
+        Raises UserError where a stage before it is not finished, where it was made, or begun, from other settings or
+        inputs (naming the keys), and where its files are not what it wrote.
         """
+        for artifact in (one for value in self.call.arguments.values() for one in _artifacts(value)):
+            if not artifact.digest:
+                raise UserError(
+                    f"{artifact.folder} has no finished stage {artifact.name.rpartition(' ')[2]}",
+                    need="the stages before this one",
+                    how="run `rstar evolve`, or the earlier rounds and stages first",
+                )
         record = self.round.record(self.name)
         if record is None:
             note = self.round.note(self.name)
-            if note.get("resumes"):
+            if note.get("resumes") and not note.get("dropped"):
                 self._compare(note, self.round.call_file(self.name))
             return None
         outputs = [self.round.path / name for name in record.outputs]
@@ -241,7 +241,15 @@ def execute(round: RoundDir, stage: str, call: Call) -> StageRecord:
         seconds = note.get("seconds", 0.0) + time.monotonic() - begun
         write_json(round.call_file(stage), note | {"seconds": seconds})
         raise
-    return round.finish(stage, outputs=here.outputs, counts=counts, seconds=time.monotonic() - begun)
+    note = round.note(stage)
+    return round.finish(
+        stage,
+        settings=note["settings"],
+        inputs=note["inputs"],
+        outputs=here.outputs,
+        counts=counts,
+        seconds=time.monotonic() - begun,
+    )
 
 
 def execute_file(path: Path) -> None:

@@ -7,14 +7,15 @@ that was told to stop ends with REQUEUE, which means: start me again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 
-from rstar.training.launch import end_with_parent
-
 REQUEUE = 75  # exit code EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
+PR_SET_PDEATHSIG = 1  # of prctl
 STOP_SECONDS = 30  # for a stage to end by itself
 
 
@@ -61,3 +62,9 @@ def run_stage(command: Sequence[str]) -> int:
             process.kill()
             process.wait()
         raise
+
+
+def end_with_parent() -> None:
+    """For a new process (`preexec_fn`): it is terminated when the process that started it dies, however that is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -23,9 +24,9 @@ from rstar.extract.trajectories import path_segments
 from rstar.overrides import keys
 from rstar.problems.agreement import agreeing_answer
 from rstar.recipes import flow_dpo, load_config, orca2, outcome_verifier, rstar_math
-from rstar.recipes.base_model import base_checkpoint
+from rstar.recipes.base_model import checkpoint
 from rstar.recipes.rows import scorer_rows
-from rstar.manifest import RunDir
+from rstar.run import Artifact
 from rstar.search.collect import _sampling
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select
@@ -237,10 +238,11 @@ def test_deviation_D14_warm_up_is_off_but_where_a_config_asks_for_it(tmp_path: P
         assert config.warmup.enabled is (path.stem in ("quickstart", "tiny")), path
         assert not (config.warmup.enabled and config.bootstrap.enabled)
     _, config = load_config(str(CONFIGS / "tiny.yaml"), [f"model.base={tiny_model}", "model.step_tokens=false"])
-    run = RunDir(tmp_path)
-    assert base_checkpoint(config, run) == str(run.round(0).policy)
-    off = dataclasses.replace(config, warmup=dataclasses.replace(config.warmup, enabled=False))
-    assert base_checkpoint(off, run) == str(tiny_model)
+    for warmup, base in ((True, tmp_path / "policy"), (False, tiny_model)):
+        made = Artifact("round 0 base", tmp_path, tmp_path / "policy" if warmup else tmp_path)
+        if warmup:
+            shutil.copytree(tiny_model, tmp_path / "policy")
+        assert checkpoint(made, config.model) == str(base)
 
 
 def test_deviation_D15_the_second_pass_is_a_fresh_tree_with_the_next_seed() -> None:

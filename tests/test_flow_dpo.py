@@ -25,6 +25,7 @@ from rstar.engines.base import ContextOverflow
 from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
+from rstar.manifest import RunDir
 from rstar.prompts import split_stop_question
 from rstar.recipes import load_config
 from rstar.recipes.flow_figures import progressive_accuracy, progressive_curve
@@ -33,7 +34,6 @@ from rstar.recipes.judging import judge
 from rstar.recipes.online_dpo import read_stream, stream
 from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
-from rstar.manifest import RunDir
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.flow import flow
 from rstar.store import read_trees

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from rstar.config import ProblemsSection, load
 from rstar.engines.openai import _parse, _Transient
 from rstar.grading import extract_answer, is_equivalent_fast, normalise
+from rstar.manifest import RoundDir
 from rstar.overrides import keys
 from rstar.problems import load_problems
 from rstar.prompts import DELIMITERS, Malformed, kind_of, last_boxed, parse, parse_solution
 from rstar.recipes.rstar_math import Config
-from rstar.manifest import RoundDir
 from rstar.search.expand import path_prompt
 from rstar.search.mcts import Mcts
 from rstar.store import TreeWriter, index, read_head, read_trees, repair

@@ -14,11 +14,11 @@ from rstar.config import ModelSection, ProblemsSection, TrainSection, load
 from rstar.engines.worked_teacher import UNKNOWN, teacher_script
 from rstar.evaluation import bootstrap
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation, explanation_row, few_shot_rows
+from rstar.manifest import RunDir
 from rstar.problems import load_benchmark
 from rstar.recipes import orca2
 from rstar.recipes.orca2_figures import macro_mean
 from rstar.recipes.strategies import choose, load_strategies, strategy_of
-from rstar.manifest import RunDir
 from rstar.search.expand import stated_answer
 from rstar.store import read_json, read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer, wrap_question

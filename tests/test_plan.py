@@ -12,10 +12,10 @@ import yaml
 
 from rstar.cli import run as rstar
 from rstar.config import ProblemsSection, SearchSection, for_round
+from rstar.manifest import RunDir
 from rstar.recipes import load_config
 from rstar.recipes.measuring import problem_limit
 from rstar.recipes.plan import Rates, measured, plan, problem_counts, search_cost
-from rstar.manifest import RunDir
 from rstar.tokens import load_few_shot
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "rstar_math"
@@ -140,29 +140,29 @@ def test_cost_counts_rollouts_seeds_escalation_and_the_second_pass() -> None:
 
 
 def test_plan_tells_done_from_to_do_and_estimates_from_what_was_measured(tmp_path: Path) -> None:
-    module, config = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}"])
+    recipe, config = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}"])
     here = RunDir(tmp_path).round(1)
     here.path.mkdir()
-    stage = next(s for s in module.stages(config, 1) if s.name == "search")
     RunDir(tmp_path).round(0).path.mkdir()
     RunDir(tmp_path).round(0).finish("base", settings={}, inputs={}, outputs=[], counts={}, seconds=1)
+    stage = next(s for s in recipe.stages(config, 1) if s.name == "search")
     counts = {"calls": 300, "rollouts": 100, "tokens": 24_000, "solved_by_level": {"all": [15, 20]}}
-    here.finish("search", settings=stage.settings, inputs=stage.inputs(), outputs=[], counts=counts, seconds=1)
+    here.finish("search", settings=stage.settings, inputs=stage.inputs, outputs=[], counts=counts, seconds=1)
     assert measured(RunDir(tmp_path), 2) == Rates(3.0, 20.0, 0.25, "as in round 1")
-    text = plan(module, config)
+    text = plan(recipe, config)
     assert "search     done" in text and "measured: 24,000 tokens in 300 engine calls" in text
     second = text.split("\nround 2")[1]
     assert "search     to do" in second
     rollouts = 20 * (2 * (3 + 0.25 * 2) + 0.25 * 2)  # two seeds, +2 for the unsolved quarter, then a second pass of 2
     assert f"as in round 1: {round(rollouts * 3 * 4 * 20):,} tokens" in second  # expansions x candidates x tokens
     _, other = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", "rounds.r1.search.c=1"])
-    assert "search     refused" in plan(module, other) and "search.c: 2.0 -> 1.0" in plan(module, other)
+    assert "search     refused" in plan(recipe, other) and "search.c: 2.0 -> 1.0" in plan(recipe, other)
 
 
 def test_fewer_problems_for_searches_hold_for_every_search_and_for_nothing_else(tmp_path: Path) -> None:
     settings = ["eval.methods=[greedy,sample,beam,mcts]", "eval.problems=6", "eval.search_problems=3"]
-    module, config = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", *settings])
-    lines = re.findall(r"(\d+) problems by (\w+)", plan(module, config).split("\nround 2")[1])
+    recipe, config = load_config(str(CONFIGS / "tiny.yaml"), [f"run.dir={tmp_path}", *settings])
+    lines = re.findall(r"(\d+) problems by (\w+)", plan(recipe, config).split("\nround 2")[1])
     assert lines == [("6", "greedy"), ("6", "sample"), ("3", "beam"), ("3", "mcts")]
     assert [problem_limit(method, config.eval) for method in config.eval.methods] == [6, 6, 3, 3]
     assert problem_limit("greedy", replace(config.eval, problems=0)) is None

@@ -13,6 +13,7 @@ import pytest
 
 from rstar.evaluation import Candidate
 from rstar.machine import this_machine
+from rstar.manifest import RoundDir, RunDir
 from rstar.report.charts import Point, Series, line_chart
 from rstar.report.html import embedded, page, write_report
 from rstar.report.look import disagreement, look, scored_steps
@@ -20,7 +21,6 @@ from rstar.report.results import results, results_table
 from rstar.report.sample import pack, sample_trees
 from rstar.report.sections import accuracy_against_tokens
 from rstar.report.show import best_path, clean, find_trees, near, problem_ids, show_tree
-from rstar.manifest import RoundDir, RunDir
 from rstar.store import TreeWriter, write_json
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason, UserError

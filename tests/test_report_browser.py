@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rstar.report.html import write_report
 from rstar.manifest import RunDir
+from rstar.report.html import write_report
 from rstar.store import TreeWriter
 from tests.report_run import HOSTILE, make_hostile, make_run, small_tree
 

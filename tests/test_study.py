@@ -11,9 +11,9 @@ import pytest
 
 from rounds import study
 from rstar.evaluation import Candidate, EvalRecord, bootstrap, measures
+from rstar.manifest import RoundDir, RunDir
 from rstar.problems import load_problems
 from rstar.recipes import load_config
-from rstar.manifest import RoundDir, RunDir
 from rstar.store import write_json, write_rows
 
 PROBLEMS, SEARCH_TOKENS, HELDOUT = 20, (0, 30_000, 20_000, 15_000), [f"sums/heldout/{i}" for i in range(6)]

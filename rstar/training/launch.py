@@ -6,11 +6,9 @@ function that was started by torchrun itself (several nodes) finds its processes
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,13 +21,13 @@ from typing import TypeVar, cast
 import torch
 
 from rstar.config import TrainSection
+from rstar.stopping import end_with_parent
 from rstar.types import TrainProgress, UserError
 
 R = TypeVar("R")
 
 POLL_SECONDS = 0.5
 SHOWN_LOG_CHARS = 4000
-PR_SET_PDEATHSIG = 1
 
 
 def must_launch(section: TrainSection) -> bool:
@@ -105,12 +103,6 @@ def _torchrun(count: int, folder: Path) -> str:
 
 def _threads(count: int) -> str:
     return str(max(1, len(os.sched_getaffinity(0)) // count)) if hasattr(os, "sched_getaffinity") else "1"
-
-
-def end_with_parent() -> None:
-    """For a new process (`preexec_fn`): it is terminated when the process that started it dies, however that is."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _follow(ended: threading.Event, metrics: Path, on_progress: Callable[[TrainProgress], None]) -> None:

@@ -41,9 +41,9 @@ from rstar.cluster import ray_session, search_all
 from rstar.config import ClusterSection, EngineSection
 from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
+from rstar.manifest import Stage, StageResult, run_dir
 from rstar.recipes import load_config, measuring, rstar_math
 from rstar.report.html import write_report
-from rstar.manifest import Stage, StageResult, run_dir
 from rstar.sandbox import Counts, SandboxError
 from rstar.search import collect
 from rstar.search.collect import ProblemSummary, WorkItem

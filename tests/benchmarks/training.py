@@ -30,8 +30,8 @@ from torch import Tensor
 from rstar.config import PpmSection, TrainSection, load
 from rstar.extract.preferences import preference_rows
 from rstar.extract.sft import sft_rows
-from rstar.recipes import rstar_math
 from rstar.manifest import run_dir
+from rstar.recipes import rstar_math
 from rstar.store import read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, micro_batches

@@ -3,190 +3,270 @@ And the recipe's stages that need no training: base, search with bootstrap and s
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rstar import rounds
-from rstar.recipes import load_config
-from rstar.recipes.base_model import base_checkpoint
+from rstar import manifest, store
+from rstar import run as run_module
+from rstar.call import call_of
+from rstar.config import EvalSection, ExtractSection, ProblemsSection
+from rstar.manifest import RoundDir, RunDir, run_dir
+from rstar.recipes import load_config, rstar_math
+from rstar.recipes.base_model import checkpoint
 from rstar.recipes.rows import own_prompt
-from rstar.recipes.rstar_math import check, ppm_rows, stages
+from rstar.recipes.rstar_math import RECIPE, check
 from rstar.report.unsolved import unsolved, unsolved_text
-from rstar.manifest import RoundDir, RunDir, Stage, StageResult, input_digest
+from rstar.run import Artifact, Here, Run, Stage
 from rstar.search.collect import SearchWorker
 from rstar.store import index, read_trees
 from rstar.training.data import read_rows
+from rstar.training.ppm import row_kind
 from rstar.types import PreferenceRow, SftRow, UserError
 
 TINY = str(Path(__file__).parent.parent / "configs" / "rstar_math" / "tiny.yaml")
 SUMS = ["12 + 7 - 4", "3 + 5", "8 * 2 + 1", "21 - 6", "9 + 9 + 9"]
 
 
-def stage(
-    here: RoundDir, calls: list[str], *, name: str = "extract", settings: dict | None = None, inputs: dict | None = None
-) -> Stage:
-    def work() -> StageResult:
-        calls.append(name)
-        here.sft.write_text(f"row {len(calls)}\n")
-        return StageResult((here.sft,), {"rows": 1})
+def extract(here: Here, extract: ExtractSection, eval_problems: int, rows: Artifact | None) -> dict[str, int]:
+    """A stage that writes a row and counts how often it was called."""
+    file = here.output("sft.jsonl")
+    CALLS.append(here.title)
+    file.write_text(f"row {len(CALLS)}\n")
+    return {"rows": 1}
 
-    return Stage(here, name, settings or {"top": 2}, lambda: inputs or {"trees": "abc"}, work)
+
+CALLS: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def no_calls() -> None:
+    CALLS.clear()
+
+
+def stage(
+    folder: Path, *, name: str = "extract", top: int = 2, problems: int = 0, rows: Artifact | None = None
+) -> Stage:
+    """The stage `extract` of round 1 in a folder."""
+    section = ExtractSection(sft_top=top)
+    config = rstar_math.Config(extract=section, eval=EvalSection(problems=problems))
+    call = call_of(extract, (section, problems, rows), skip=1)
+    return Stage(RunDir(folder).round(1), name, call, config)
 
 
 def test_finished_stage_is_not_run_again(tmp_path: Path) -> None:
-    calls: list[str] = []
-    here = RunDir(tmp_path).round(1)
-    first = stage(here, calls).execute()
-    again = stage(here, calls).execute()
-    assert calls == ["extract"] and again == first
-    assert first.outputs["sft.jsonl"] and first.counts == {"rows": 1}
+    first = stage(tmp_path).execute()
+    again = stage(tmp_path).execute()
+    assert CALLS == ["round 1 extract"] and again == first
+    assert first.outputs["sft.jsonl"].size == 6 and first.counts == {"rows": 1}
 
 
 def test_stage_without_its_record_or_its_output_is_run_again(tmp_path: Path) -> None:
-    calls: list[str] = []
     here = RunDir(tmp_path).round(1)
-    stage(here, calls).execute()
+    stage(tmp_path).execute()
     here.sft.unlink()
-    stage(here, calls).execute()
+    stage(tmp_path).execute()
     here.manifest.unlink()
-    stage(here, calls).execute()
-    assert len(calls) == 3
+    stage(tmp_path).execute()
+    assert len(CALLS) == 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"stages": {"extract": {"nonsense": 1}}}'])
 def test_damaged_manifest_counts_as_not_done_and_says_so(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[str] = []
-    here = RunDir(tmp_path).round(1)
-    stage(here, calls).execute()
-    here.manifest.write_text(damage)
-    stage(here, calls).execute()
-    assert len(calls) == 2 and "damaged" in capsys.readouterr().out
+    stage(tmp_path).execute()
+    RunDir(tmp_path).round(1).manifest.write_text(damage)
+    stage(tmp_path).execute()
+    assert len(CALLS) == 2 and "damaged" in capsys.readouterr().out
 
 
-def test_stage_made_from_other_settings_is_refused_with_the_difference(tmp_path: Path) -> None:
-    here = RunDir(tmp_path).round(1)
-    stage(here, [], settings={"extract": {"top": 2}}).execute()
-    with pytest.raises(UserError, match=r"extract\.top: 2 -> 3"):
-        stage(here, [], settings={"extract": {"top": 3}}).execute()
-    with pytest.raises(UserError, match="trees: abc -> new"):
-        stage(here, [], settings={"extract": {"top": 2}}, inputs={"trees": "new"}).execute()
+def test_stage_made_from_other_settings_is_refused_with_the_key_and_what_sets_it_back(tmp_path: Path) -> None:
+    stage(tmp_path, problems=4).execute()
+    with pytest.raises(UserError, match=r"extract\.sft_top: 2 -> 3;.*\(rounds\.r1\.extract\.sft_top=2\)"):
+        stage(tmp_path, top=3, problems=4).finished()
+    with pytest.raises(UserError, match=r"eval\.problems: 4 -> 5;.*\(rounds\.r1\.eval\.problems=4\)"):
+        stage(tmp_path, problems=5).finished()
+    with pytest.raises(UserError, match="rows: None -> new"):
+        stage(tmp_path, problems=4, rows=Artifact("round 0 rows", tmp_path, tmp_path, "new")).finished()
+
+
+def test_a_missing_stage_before_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"round_00 has no finished stage base; need the stages before"):
+        stage(tmp_path, rows=Artifact("round 0 base", tmp_path / "round_00", tmp_path)).finished()
+
+
+def test_an_override_that_would_change_nothing_back_is_not_advised(tmp_path: Path) -> None:
+    """A derived section's value is not the config's own."""
+    stage(tmp_path).execute()
+    other = dataclasses.replace(stage(tmp_path, top=3), config=rstar_math.Config())
+    with pytest.raises(UserError, match=r"sft_top: 2 -> 3; need .*; set them back, choose") as refused:
+        other.finished()
+    assert "rounds.r1" not in refused.value.how
+
+
+def measured(folder: Path, temperature: float, work: Callable[[Here], None], model: str = "a") -> Stage:
+    """A stage `eval` of round 1 that goes on where it was stopped."""
+
+    def evaluate(here: Here, eval: EvalSection, policy: Artifact) -> dict[str, int]:
+        here.resume(here.round.eval)
+        here.round.eval.mkdir(parents=True, exist_ok=True)
+        here.output("eval.json")
+        work(here)
+        here.round.eval_json.write_text("{}")
+        return {}
+
+    section = EvalSection(temperature=temperature)
+    call = call_of(evaluate, (section, Artifact("round 1 policy", folder, folder, model)), skip=1)
+    return Stage(RunDir(folder).round(1), "eval", call, rstar_math.Config(eval=section))
+
+
+def stopped(here: Here) -> None:
+    raise KeyboardInterrupt
+
+
+def done(here: Here) -> None:
+    pass
 
 
 def test_other_evaluation_settings_cost_the_evaluation_and_not_the_round(tmp_path: Path) -> None:
-    here, made = RunDir(tmp_path).round(1), list[float]()
-
-    def evaluation(temperature: float, *, stopped: bool = False) -> Stage:
-        def work() -> StageResult:
-            if stopped:
-                raise KeyboardInterrupt
-            made.append(temperature)
-            here.eval_json.write_text("{}")
-            return StageResult((here.eval_json,), {})
-
-        settings = {"eval": {"temperature": temperature}}
-        return Stage(here, "eval", settings, dict, work, resumes=True, trees=(here.eval,))
-
     def remove_what_is_named(temperature: float) -> None:
-        with pytest.raises(UserError) as refused:
-            evaluation(temperature).execute()
+        with pytest.raises(UserError, match=r"eval\.temperature") as refused:
+            measured(tmp_path, temperature, done).execute()
         found = re.search(r"remove (\S+) to evaluate again", str(refused.value))
         assert found
         Path(found[1]).unlink()
 
     with pytest.raises(KeyboardInterrupt):
-        evaluation(1.0, stopped=True).execute()
+        measured(tmp_path, 1.0, stopped).execute()
     remove_what_is_named(0.5)
-    evaluation(0.5).execute()
+    measured(tmp_path, 0.5, done).execute()
     remove_what_is_named(0.7)
-    evaluation(0.7).execute()
-    assert made == [0.5, 0.7]
+    measured(tmp_path, 0.7, done).execute()
+    record = RunDir(tmp_path).round(1).record("eval")
+    assert record is not None and record.settings["eval"]["temperature"] == 0.7
 
 
-def test_stage_that_resumes_in_its_middle_is_not_continued_from_other_settings(tmp_path: Path) -> None:
-    here = RunDir(tmp_path).round(1)
+def test_trees_that_other_models_have_grown_are_not_taken_for_the_new_ones(tmp_path: Path) -> None:
+    """An evaluation goes on after a stop; for models that were trained again it begins again."""
+    here, found = RunDir(tmp_path).round(1), list[list[str]]()
 
-    def interrupted() -> StageResult:
-        raise KeyboardInterrupt
+    def evaluate(model: str, *, stop: bool = False) -> None:
+        def work(here: Here) -> None:
+            found.append(sorted(path.name for path in here.round.eval.iterdir()))
+            (here.round.eval / f"tree-{model}").touch()
+            if stop:
+                raise KeyboardInterrupt
 
-    def search(rollouts: int, work) -> Stage:
-        return Stage(here, "search", {"search": {"rollouts": rollouts}}, dict, work, resumes=True)
+        measured(tmp_path, 1.0, work, model).execute()
 
     with pytest.raises(KeyboardInterrupt):
-        search(8, interrupted).execute()
-    with pytest.raises(UserError, match=r"search\.rollouts: 8 -> 16"):
-        search(16, interrupted).finished()
-    assert search(8, interrupted).finished() is None
-    search(8, lambda: StageResult((), {})).execute()
-    assert not list(here.path.glob(".*started*"))
+        evaluate("a", stop=True)
+    evaluate("a")
+    here.drop("eval")
+    evaluate("a")  # its record was lost, nothing else
+    here.drop("eval")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("b", stop=True)
+    here.drop("search")  # continued meanwhile: no complaint that eval has begun for another policy
+    evaluate("c")
+    assert found == [[], ["tree-a"], ["tree-a"], [], []]
 
 
 def test_a_resumed_stage_counts_the_time_of_all_its_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, clock = RunDir(tmp_path).round(1), [0.0]
-    monkeypatch.setattr(rounds.time, "monotonic", lambda: clock[0])
+    clock = [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
 
-    def work(seconds: float, stopped: bool) -> Callable[[], StageResult]:
-        def run() -> StageResult:
+    def work(seconds: float, stop: bool) -> Callable[[Here], None]:
+        def passing(here: Here) -> None:
             clock[0] += seconds
-            if stopped:
+            if stop:
                 raise KeyboardInterrupt
-            return StageResult((), {})
 
-        return run
-
-    def search(seconds: float, stopped: bool) -> Stage:
-        return Stage(here, "search", {}, dict, work(seconds, stopped), resumes=True)
+        return passing
 
     for seconds in (100.0, 20.0):
         with pytest.raises(KeyboardInterrupt):
-            search(seconds, True).execute()
-    assert search(3.0, False).execute().seconds == 123.0
+            measured(tmp_path, 1.0, work(seconds, True)).execute()
+    assert measured(tmp_path, 1.0, work(3.0, False)).execute().seconds == 123.0
 
 
 def test_failure_in_a_stage_leaves_no_record(tmp_path: Path) -> None:
-    here = RunDir(tmp_path).round(1)
-
-    def broken() -> StageResult:
-        here.sft.write_text("half")
+    def broken(here: Here) -> dict[str, int]:
+        here.output("sft.jsonl").write_text("half")
         raise RuntimeError("disk")
 
+    here = RunDir(tmp_path).round(1)
     with pytest.raises(RuntimeError):
-        Stage(here, "extract", {}, dict, broken).execute()
+        Stage(here, "extract", call_of(broken, (), skip=1)).execute()
     assert here.record("extract") is None
 
 
-def test_digest_of_a_stage_changes_with_its_output_and_a_missing_stage_is_named(tmp_path: Path) -> None:
+def test_a_stage_is_identified_by_the_contents_of_what_it_made(tmp_path: Path) -> None:
+    before = stage(tmp_path).execute().digest
+    shutil.copytree(tmp_path, tmp_path / "copy")  # other modification times, the same contents
+    copied = stage(tmp_path / "copy").finished()
+    assert copied is not None and copied.digest == before
+    assert RunDir(tmp_path / "copy").round(1).changed("extract") == []
+    RunDir(tmp_path).round(1).sft.unlink()
+    assert stage(tmp_path).execute().digest != before  # writes another row
+
+
+def test_files_are_not_read_again_while_size_and_time_are_those_of_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage(tmp_path).execute()
     here = RunDir(tmp_path).round(1)
-    with pytest.raises(UserError, match="no finished stage extract"):
-        input_digest(here, "extract")
-    calls: list[str] = []
-    stage(here, calls).execute()
-    before = input_digest(here, "extract")
-    here.sft.unlink()
-    stage(here, calls).execute()  # writes another row
-    assert input_digest(here, "extract") != before
+    os.utime(here.sft, ns=(1, 1))
+    assert stage(tmp_path).finished() is not None  # read once more, and its new time recorded
+
+    def read(path: Path) -> str:
+        raise AssertionError(f"{path} is read again")
+
+    monkeypatch.setattr(store, "file_digest", read)
+    assert stage(tmp_path).finished() is not None
+
+
+def test_an_input_file_counts_by_its_contents_and_not_by_its_place(tmp_path: Path) -> None:
+    def base(here: Here, problems: ProblemsSection) -> dict[str, int]:
+        return {}
+
+    def stage_of(path: Path, **more: Any) -> Stage:
+        section = ProblemsSection(name="file", path=str(path), decontaminate=["gsm8k", str(path)], **more)
+        return Stage(RunDir(tmp_path).round(0), "base", call_of(base, (section,), skip=1))
+
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    stage_of(tmp_path / "a.jsonl").execute()
+    (tmp_path / "moved").mkdir()
+    moved = (tmp_path / "a.jsonl").rename(tmp_path / "moved" / "b.jsonl")
+    assert stage_of(moved).finished() is not None
+    with pytest.raises(UserError, match=r"problems\.limit: 0 -> 3"):
+        stage_of(moved, limit=3).finished()
+    moved.write_text("{}\n{}\n")
+    with pytest.raises(UserError, match=r"problems\.decontaminate\.1: \w+ -> \w+; problems\.path: \w+ -> \w+"):
+        stage_of(moved).finished()
 
 
 def test_stages_of_another_version_are_told_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rstar import rounds
-
     run, here = RunDir(tmp_path), RoundDir(tmp_path, 1)
     assert run.other_versions() == ""
-    here.path.mkdir()
-    monkeypatch.setattr(rounds, "software", lambda: "rstar 1, torch 2")
-    here.start("search", {}, {})
+    for module in (manifest, run_module):
+        monkeypatch.setattr(module, "software", lambda: "rstar 1, torch 2")
+    stage(tmp_path, name="search").start()
     assert run.other_versions() == ""
-    monkeypatch.setattr(rounds, "software", lambda: "rstar 1, torch 3")
+    for module in (manifest, run_module):
+        monkeypatch.setattr(module, "software", lambda: "rstar 1, torch 3")
     said = "warning: stage search was made by rstar 1, torch 2; this is rstar 1, torch 3. The records keep both"
     assert run.other_versions() == said
     record = here.finish("search", settings={}, inputs={}, outputs=[], counts={}, seconds=1.0)
@@ -212,27 +292,38 @@ def test_unwritable_run_folder_is_a_user_error(tmp_path: Path) -> None:
         RunDir(tmp_path / "file" / "run").acquire()
 
 
-def test_manifest_is_readable_by_people(tmp_path: Path) -> None:
-    here = RunDir(tmp_path).round(2)
-    stage(here, []).execute()
-    record = json.loads(here.manifest.read_text())
-    assert record["round"] == 2 and record["stages"]["extract"]["settings"] == {"top": 2}
+def test_manifest_is_readable_by_people_and_has_a_schema_number(tmp_path: Path) -> None:
+    stage(tmp_path).execute()
+    record = json.loads(RunDir(tmp_path).round(1).manifest.read_text())
+    assert (record["schema"], record["round"]) == (2, 1)
+    assert record["stages"]["extract"]["settings"]["extract"]["sft_top"] == 2
+    assert record["stages"]["extract"]["function"].endswith(":extract")
 
 
-def test_keys_younger_than_a_record_count_as_their_defaults(tmp_path: Path) -> None:
-    """A run of weeks outlives the version that began it; a family or an input that appears is still a change."""
+def test_a_manifest_of_the_schema_before_is_read(tmp_path: Path) -> None:
+    stage(tmp_path).execute()
     here = RunDir(tmp_path).round(1)
-    old = {"search": {"rollouts": 8, "gone": 1}, "problems": {"families": {"a": {"count": 1}}}}
-    stage(here, [], settings=old).execute()
-    new = {"search": {"rollouts": 8, "second_pass": 0}, "problems": {"families": {"a": {"count": 1}}, "seed": 1}}
-    assert stage(here, [], settings=new).finished() is not None
-    with pytest.raises(UserError, match="second_pass: 0 -> 16"):
-        stage(here, [], settings={**new, "search": {"rollouts": 8, "second_pass": 16}}).finished()
-    with pytest.raises(UserError, match=r"families\.a: .* -> None"):
-        stage(here, [], settings={**new, "problems": {"families": {}}}).finished()
-    assert stage(here, [], settings={**new, "ppm": {"loss": "pairwise"}}).finished() is not None
-    with pytest.raises(UserError, match=r"ppm\.loss: pairwise -> mse"):
-        stage(here, [], settings={**new, "ppm": {"loss": "mse"}}).finished()
+    old = json.loads(here.manifest.read_text())
+    record = old["stages"]["extract"]
+    del old["schema"], record["function"]
+    record["outputs"] = {name: state["sha256"] for name, state in record["outputs"].items()}
+    here.manifest.write_text(json.dumps(old))
+    assert here.record("extract") is not None and here.changed("extract") == []
+
+
+def test_keys_that_a_record_does_not_have_count_as_their_defaults(tmp_path: Path) -> None:
+    """A run of weeks outlives the version that began it."""
+    stage(tmp_path).execute()
+    here = RunDir(tmp_path).round(1)
+    manifest = json.loads(here.manifest.read_text())
+    section = manifest["stages"]["extract"]["settings"]["extract"]
+    del section["positives"]
+    here.manifest.write_text(json.dumps(manifest))
+    assert stage(tmp_path).finished() is not None
+    section["negatives"], section["gone"] = 1, 1
+    here.manifest.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"other settings: extract\.negatives: 1 -> 2; need"):
+        stage(tmp_path).finished()
 
 
 def configured(tmp_path: Path, model: Path, *overrides: str):  # type: ignore[no-untyped-def]
@@ -249,12 +340,28 @@ def configured(tmp_path: Path, model: Path, *overrides: str):  # type: ignore[no
     return load_config(TINY, [*fixed, *overrides])[1]
 
 
+def stages(config, number: int) -> list[Stage]:  # type: ignore[no-untyped-def]
+    return RECIPE.stages(config, number)
+
+
 def execute(config, number: int, *names: str) -> RoundDir:  # type: ignore[no-untyped-def]
-    for one in stages(config, number):
-        if one.name in names:
-            one.execute()
-            here = one.round
-    return here
+    """Run stages of a round, with what the stages before them have made."""
+
+    def act(stage: Stage) -> Artifact:
+        if stage.round.number == number and stage.name in names:
+            stage.execute()
+        return stage.artifact()
+
+    folder = run_dir(config.run)
+    RECIPE.function(Run(folder.path, act), config)
+    return folder.round(number)
+
+
+def pretend(here: RoundDir, *names: str, outputs: Sequence[Path] = ()) -> None:
+    """Records of stages that were not run."""
+    here.path.mkdir(exist_ok=True)
+    for name in names:
+        here.finish(name, settings={}, inputs={}, outputs=outputs, counts={}, seconds=0)
 
 
 def test_round_0_counts_and_lists_what_was_left_out(tmp_path: Path, tiny_model: Path) -> None:
@@ -285,7 +392,8 @@ def test_bootstrap_policy_searches_round_1_only_and_leaves_its_prompt_behind(tmp
     settings = {one.name: one.settings for one in stages(config, 2)}
     assert settings["search"]["engine"]["kind"] == "openai"
     assert settings["search"]["model"]["template"] == "{question}\n"
-    assert base_checkpoint(config, RunDir(tmp_path / "run")) == str(tiny_model)
+    base = stages(config, 0)[0].artifact()
+    assert checkpoint(base, config.model) == str(tiny_model)
 
 
 def test_second_pass_grows_a_fresh_tree_for_unsolved_problems_only(
@@ -339,8 +447,7 @@ def test_a_round_takes_overrides_although_earlier_rounds_ran_with_others(tmp_pat
     config = configured(tmp_path, tiny_model)
     execute(config, 0, "base")
     here = execute(config, 1, "search", "extract")
-    for name in ("policy", "ppm", "eval"):
-        here.finish(name, settings={}, inputs={}, outputs=[], counts={}, seconds=0)
+    pretend(here, "policy", "ppm", "eval")
     other = configured(tmp_path, tiny_model, "search.rollouts=9", "sft.epochs=7")
     assert stages(other, 2)[0].finished() is None
     with pytest.raises(UserError, match=r"search\.rollouts: 6 -> 9"):
@@ -413,10 +520,9 @@ def test_the_loss_of_the_ppm_says_which_rows_are_extracted(
     record = here.record("extract")
     assert record is not None and record.counts[file] > 0
     assert {"sft.jsonl", "pairs.jsonl", f"{file}.jsonl"} == set(record.outputs)
-    path, kind = ppm_rows(here, loss)
-    assert path.stem == file and len(read_rows(path, kind)) == record.counts[file]
+    assert len(read_rows(here.path / f"{file}.jsonl", row_kind(loss))) == record.counts[file]
     shutil.copytree(tiny_model, here.policy)
-    here.finish("policy", settings={}, inputs={}, outputs=[here.policy], counts={}, seconds=0)
+    pretend(here, "policy", outputs=[here.policy])
     trained = execute(config, 1, "ppm").record("ppm")
     assert trained is not None and trained.counts["rows"] == record.counts[file]
     assert (here.ppm / "model.safetensors").exists()
@@ -429,8 +535,7 @@ def test_round_with_seeds_escalation_and_second_pass_gives_rows_of_trees_on_disk
     config = configured(tmp_path, tiny_model, "extract.min_margin=0", "rounds.r2.search.rollouts=12")
     execute(config, 0, "base")
     before = execute(config, 1, "search", "extract")
-    for name in ("policy", "ppm", "eval"):
-        before.finish(name, settings={}, inputs={}, outputs=[], counts={}, seconds=0)
+    pretend(before, "policy", "ppm", "eval")
     here = execute(config, 2, "search", "extract")
     trees = {tree.tree_id: tree for tree in read_trees(here.trees)}
     assert {name.partition("#")[2] for name in trees} == {"0", "1", "2"}
@@ -446,33 +551,6 @@ def test_round_with_seeds_escalation_and_second_pass_gives_rows_of_trees_on_disk
         assert row.tree_id in trees and trees[row.tree_id].nodes[row.node_ids[-1]].reward == 1.0
     for pair in read_rows(here.pairs, PreferenceRow):
         assert pair.tree_id in trees or pair.tree_id.partition("#")[2] == "0+1"
-
-
-def test_trees_that_other_models_have_grown_are_not_taken_for_the_new_ones(tmp_path: Path) -> None:
-    """An evaluation goes on after a stop; for models that were trained again it begins again."""
-    here, found = RunDir(tmp_path).round(1), list[list[str]]()
-
-    def measured(model: str, *, stopped: bool = False) -> None:
-        def work() -> StageResult:
-            found.append(sorted(path.name for path in here.eval.iterdir() if path.name != "made_from"))
-            (here.eval / f"tree-{model}").touch()
-            if stopped:
-                raise KeyboardInterrupt
-            return StageResult((), {})
-
-        Stage(here, "eval", {}, lambda: {"policy": model}, work, resumes=True, trees=(here.eval,)).execute()
-
-    with pytest.raises(KeyboardInterrupt):
-        measured("a", stopped=True)
-    measured("a")
-    here.drop("eval")
-    measured("a")  # its record was lost, nothing else
-    here.drop("eval")
-    with pytest.raises(KeyboardInterrupt):
-        measured("b", stopped=True)
-    here.drop("search")  # grown on meanwhile: no complaint that eval has begun for another policy
-    measured("c")
-    assert found == [[], ["tree-a"], ["tree-a"], [], []]
 
 
 def test_a_problem_file_that_changed_is_refused_before_held_out_problems_are_trained_on(
@@ -499,7 +577,7 @@ def test_rounds_with_other_held_out_problems_or_with_none_are_refused(tmp_path: 
 
 def test_fresh_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "mine")
-    stage(run.round(1), []).execute()
+    stage(run.path).execute()
     for name in ("report.html", "driver.json", "notes.txt"):
         (run.path / name).touch()
     for name in ("models", "round_01.old"):
@@ -509,34 +587,39 @@ def test_fresh_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_repair_makes_the_damaged_stage_and_those_behind_it_again(tmp_path: Path) -> None:
-    run, calls = RunDir(tmp_path), list[str]()
+    run = RunDir(tmp_path)
     here = run.round(1)
-    stage(here, calls).execute()
-
-    def behind(name: str) -> Stage:
-        return Stage(here, name, {}, lambda: {"rows": input_digest(here, "extract")}, lambda: StageResult((), {}))
-
-    behind("policy").execute()
-    (tmp_path / "round_01.old").mkdir()  # somebody's copy
+    stage(tmp_path).execute()
+    pretend(here, "policy")
+    (tmp_path / "round_01.old").mkdir()  # a copy of the user's
     assert run.repair() == []
-    here.sft.write_text("other\n")
+    here.sft.write_text("raw 1\n")
     with pytest.raises(UserError, match=r"round_01/sft.jsonl is not what stage extract wrote.*--repair"):
-        behind("ppm").execute()
-    (told,) = run.repair()
-    assert "sft.jsonl: not as written; to be made again: extract, policy" in told and not here.records()
+        stage(tmp_path).finished()
+    (done,) = run.repair()
+    assert "sft.jsonl: not as written; to be made again: extract, policy" in done and not here.records()
+
+
+def test_damage_that_keeps_size_and_time_is_found_by_repair(tmp_path: Path) -> None:
+    stage(tmp_path).execute()
+    run = RunDir(tmp_path)
+    path = run.round(1).sft
+    before = path.stat().st_mtime_ns
+    path.write_text("raw 1\n")
+    os.utime(path, ns=(before, before))
+    assert stage(tmp_path).finished() is not None
+    assert len(run.repair()) == 1
 
 
 def test_what_a_killed_driver_left_half_written_goes_with_the_next_lock(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     here = run.round(1)
-    stage(here, []).execute()
-    here.start("extract", {}, {})  # killed between its record and the end of its note
-    here.start("search", {}, {})
+    stage(tmp_path).execute()
     (here.path / "eval.json.tmp").touch()
     (here.path / ".policy.abc.tmp" / "sub").mkdir(parents=True)
     run.acquire()
     run.release()
-    assert sorted(path.name for path in here.path.iterdir()) == [".search-started.json", "manifest.json", "sft.jsonl"]
+    assert sorted(path.name for path in here.path.iterdir()) == [".extract-call.json", "manifest.json", "sft.jsonl"]
 
 
 def test_file_system_without_locks_is_told_and_used(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shlex
@@ -11,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from rstar import cli, commands
+from rstar import cli
+from rstar import run as run_module
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
 from rstar.manifest import RoundDir
+from rstar.recipes import load_config
+from rstar.run import Stage
 from rstar.sandbox import Counts
 from rstar.search import collect
 from rstar.store import TreeWriter, read_trees
@@ -89,22 +91,15 @@ def rstar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rstar:
     monkeypatch.setattr(Policy, "calls", 0)
     monkeypatch.setattr(Policy, "stop_at", -1)
 
-    def here(options: argparse.Namespace, number: int, stage: str) -> None:
-        module, config = commands.load_options(options)
-        next(s for s in module.stages(config, number) if s.name == stage).execute()
-
-    monkeypatch.setattr(commands, "_run_process", here)
+    monkeypatch.setattr(run_module, "run_process", Stage.execute)
 
     def run(command: str, *arguments: str, name: str = "run") -> int:
         where = [str(tmp_path / "config.yaml"), f"run.dir={tmp_path / name}"]
         return cli.run([command, *where, "--round", "1", *arguments])
 
-    base = argparse.Namespace(
-        config=str(tmp_path / "config.yaml"), overrides=[f"run.dir={tmp_path / 'run'}"], command="base"
-    )
     for name in ("run", "other"):
-        base.overrides = [f"run.dir={tmp_path / name}"]
-        here(base, 0, "base")
+        recipe, config = load_config(str(tmp_path / "config.yaml"), [f"run.dir={tmp_path / name}"])
+        recipe.stages(config, 0)[0].execute()
     assert run("search") == 0 and run("extract") == 0
     return run
 
@@ -154,7 +149,7 @@ def test_run_goes_on_with_the_new_settings_and_refuses_the_old_ones(
     assert list(folder.records()) == ["search"]
     assert rstar("search", "rounds.r1.search.rollouts=9") == 0
     assert rstar("search", "--continue", "9") == 0  # asked for once more
-    assert capsys.readouterr().out.count("search is done") == 2
+    assert capsys.readouterr().out.count("all done") == 2
     assert rstar("search") == 2
     error = capsys.readouterr().err
     assert "search.rollouts: 9 -> 3" in error and "(rounds.r1.search.rollouts=9)" in error
@@ -299,7 +294,7 @@ def test_mistakes_change_nothing(
     before = folder.manifest.read_bytes()
     assert rstar("search", *arguments) == 2
     assert words in capsys.readouterr().err
-    assert folder.manifest.read_bytes() == before and not folder.started("search")
+    assert folder.manifest.read_bytes() == before and not folder.note("search").get("notes")
 
 
 def test_search_that_is_not_finished_is_not_taken_up_again(rstar: Rstar, capsys: pytest.CaptureFixture[str]) -> None:
