@@ -261,7 +261,7 @@ def extract(
     )
     if not counts["sft_rows"]:
         raise UserError(
-            f"{here.title} found no correct trajectory", need="at least one solved problem",
+            f"round {here.round.number} found no correct trajectory", need="at least one solved problem",
             how="more rollouts, easier problems, or a stronger policy",
         )  # fmt: skip
     for loss in dict.fromkeys(("pairwise", ppm_loss)):  # pairs are written for any loss

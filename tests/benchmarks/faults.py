@@ -36,14 +36,16 @@ from typing import Any
 
 import psutil
 
-from rstar import evaluation, rounds, store
+from rstar import evaluation, manifest, store
+from rstar.call import Call
 from rstar.cluster import ray_session, search_all
 from rstar.config import ClusterSection, EngineSection
 from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
-from rstar.manifest import Stage, StageResult, run_dir
+from rstar.manifest import run_dir
 from rstar.recipes import load_config, measuring, rstar_math
 from rstar.report.html import write_report
+from rstar.run import Artifact, Here, Run, Stage
 from rstar.sandbox import Counts, SandboxError
 from rstar.search import collect
 from rstar.search.collect import ProblemSummary, WorkItem
@@ -120,33 +122,34 @@ def configured(folder: Path, *overrides: str) -> Any:
     return replace(config, run=replace(config.run, dir=str(folder / "run")))
 
 
-def stages(config: Any) -> Iterator[Stage]:
-    """The run's stages in order; a training writes the digest of its rows."""
-    for number in range(config.run.rounds + 1):
-        for stage in rstar_math.stages(config, number):
-            if stage.name in ("policy", "ppm"):
-                here = stage.round
-                made = (here.sft, here.policy) if stage.name == "policy" else (here.pairs, here.ppm)
-                stage = replace(stage, run=lambda made=made: _train(*made))  # type: ignore[misc]
-            yield stage
+def train(here: Here, *, rows: Artifact, **_: Any) -> dict[str, Any]:
+    """In place of a training: a checkpoint's folder with the digest of its rows."""
+    file = rows.folder / {"policy": "sft.jsonl", "ppm": "pairs.jsonl"}[here.stage]
+    with complete_or_absent(here.output(here.stage)) as temporary:
+        (temporary / "weights").write_text(file_digest(file))
+    return {}
 
 
-def _train(rows: Path, folder: Path) -> StageResult:
-    with complete_or_absent(folder) as temporary:
-        (temporary / "weights").write_text(file_digest(rows))
-    return StageResult((folder,), {})
+class Stop(Exception):
+    """Ends `evolve` before a stage."""
 
 
 def evolve(config: Any, *, until: str = "") -> None:
     """What `rstar evolve` does, in this process; stops before stage `until` of round 1."""
     run = run_dir(config.run)
-    with _light(), contextlib.redirect_stdout(io.StringIO()):
+
+    def act(stage: Stage) -> Artifact:
+        if stage.round.number and stage.name == until:
+            raise Stop
+        if stage.name in ("policy", "ppm"):
+            stage = replace(stage, call=Call(train, stage.call.arguments))
+        stage.execute()
+        return stage.artifact()
+
+    with _light(), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Stop):
         run.acquire()
         try:
-            for stage in stages(config):
-                if stage.round.number and stage.name == until:
-                    return
-                stage.execute()
+            rstar_math.RECIPE.function(Run(run.path, act), config)
         finally:
             run.release()
 
@@ -173,7 +176,7 @@ def _light() -> Iterator[None]:
             stack.enter_context(patched(collect, Sandbox=TrustedSandbox))
         stack.enter_context(patched(measuring, Sandbox=TrustedSandbox))
         stack.enter_context(patched(evaluation, bootstrap=few))
-        stack.enter_context(patched(rounds, this_machine=lambda: ""))
+        stack.enter_context(patched(manifest, this_machine=lambda: ""))
         yield
 
 
@@ -182,7 +185,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted((folder / "run").rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in ("lock", "failures.jsonl", "made_from") or path.is_dir():
+        if path.name in ("lock", "failures.jsonl") or path.name.endswith("-call.json") or path.is_dir():
             continue
         if path.name.endswith(".zst"):
             found |= {f"{path.parent.name} {tree.tree_id}": list(tree.to_rows()) for tree in read_trees(path.parent)}

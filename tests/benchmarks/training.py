@@ -32,12 +32,13 @@ from rstar.extract.preferences import preference_rows
 from rstar.extract.sft import sft_rows
 from rstar.manifest import run_dir
 from rstar.recipes import rstar_math
-from rstar.store import read_trees
+from rstar.run import Artifact, Run, Stage
+from rstar.store import cache_folder, read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, micro_batches
 from rstar.training.data import EncodedRow, encode_pair, encode_rows, encode_sft
 from rstar.training.loop import LossModule
-from rstar.training.models import cache_folder, load_policy, load_ppm, smollm2_checkpoint
+from rstar.training.models import load_policy, load_ppm, smollm2_checkpoint
 from rstar.training.packing import FLEX_BLOCK
 from rstar.training.ppm import ScoreLoss
 from rstar.training.sft import TokenLoss
@@ -56,10 +57,14 @@ def searched() -> tuple[Path, Path]:
     families = load(rstar_math.Config, QUICKSTART).problems.families
     fewer = [f"problems.families.{name}.count=2" for name in families]
     config = load(rstar_math.Config, QUICKSTART, [f"run.dir={run}", *SETTINGS, *fewer])
-    for stage in (rstar_math.stages(config, 0)[0], rstar_math.stages(config, 1)[0]):  # the warm-up, the search
-        if stage.finished() is None:
-            stage.execute()
     made = run_dir(config.run)
+
+    def act(stage: Stage) -> Artifact:
+        if (stage.round.number, stage.name) in ((0, "base"), (1, "search")) and stage.finished() is None:
+            stage.execute()
+        return stage.artifact()
+
+    rstar_math.RECIPE.function(Run(made.path, act), config)
     return made.round(1).trees, made.round(0).policy
 
 
