@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from rstar.overrides import file_layers, merge, override_node, schema_node, to_object
+from rstar.overrides import file_layers, merge, override_node, resolve_inputs, schema_node, to_object
 from rstar.types import UserError
 from rstar.values import check_values
 
@@ -318,7 +318,8 @@ def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
     Raises UserError for a missing file, broken YAML, an unknown key, or a value that no stage could use.
     """
     merged = schema_node(schema)
-    for layer in file_layers(Path(path)) if path is not None else []:
+    for file, layer in file_layers(Path(path)) if path is not None else []:
+        resolve_inputs(schema, layer, file)
         merged = merge(schema, merged, layer)
     for text in overrides:
         merged = merge(schema, merged, override_node(schema, text))
@@ -365,7 +366,7 @@ def digest(value: Any) -> str:
 
 def recipe_name(path: str | Path) -> str:
     """The `recipe:` key of a config file or of the files it is based on; rstar_math where none names one."""
-    for layer in reversed(file_layers(Path(path))):
+    for _, layer in reversed(file_layers(Path(path))):
         if "recipe" in layer:
             return str(layer["recipe"])
     return "rstar_math"

@@ -20,8 +20,9 @@ CONFIG = """\
 #   rstar evolve {folder}/config.yaml --dry-run    prints the plan of all rounds and what it may cost
 #   rstar evolve {folder}/config.yaml              runs it; the same command resumes
 #
-# Paths are relative to where rstar is started. Every line can be overridden on the command line (search.rollouts=8),
-# for one round too (rounds.r4.search.rollouts=8). What is not here has its default: rstar config {folder}/config.yaml
+# Input files are looked for beside this file, then in the folder where rstar is started. Every line can be overridden on
+# the command line (search.rollouts=8), for one round too (rounds.r4.search.rollouts=8). What is not here has its default:
+# rstar config {folder}/config.yaml
 recipe: rstar_math
 run:
   dir: "{folder}/run"  # trees, rows, models (round_04/policy, round_04/ppm) and report.html
@@ -34,7 +35,7 @@ model:
 
 problems:
   name: file
-  path: "{folder}/problems.jsonl"  # json, jsonl, csv or parquet: a question and its final answer a record
+  path: problems.jsonl  # json, jsonl, csv or parquet: a question and its final answer a record
   question: question  # the names of these fields in your file
   answer: answer
   level: level  # optional: difficulty, for the figures "solved by level"

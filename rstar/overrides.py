@@ -30,8 +30,8 @@ def schema_node(schema: type[Any]) -> DictConfig:
 _nodes: dict[type[Any], DictConfig] = {}
 
 
-def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
-    """The file below all others of its `base:` chain first."""
+def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, DictConfig]]:
+    """(file, its settings) of a config file and of those it is based on, the lowest first."""
     if not path.is_file():
         raise UserError(f"no config file {path}", need="a YAML file", how="see configs/ for shipped ones")
     if path.resolve() in seen:
@@ -44,7 +44,33 @@ def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
         raise UserError(f"{path} holds no mapping", need="`section:` keys at the top level")
     base = node.pop("base", None)
     below = file_layers(path.parent / base, (*seen, path.resolve())) if base else []
-    return [*below, node]
+    return [*below, (path, node)]
+
+
+def resolve_inputs(schema: type[Any], layer: DictConfig, file: Path) -> None:
+    """Make relative paths of input files (settings marked `INPUT`) in a file's layer absolute where they are there
+    beside that file; the others stay relative to the working folder."""
+
+    def beside(value: Any) -> Any:
+        if OmegaConf.is_list(value):
+            return [beside(one) for one in value]
+        if OmegaConf.is_dict(value):
+            return {key: beside(one) for key, one in value.items()}
+        found = file.parent / value if isinstance(value, str) and value not in ("", "smollm2", "tiny") else None
+        return str(found.resolve()) if found is not None and found.exists() else value
+
+    def below(kind: Any, node: Any) -> None:
+        for one in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) and OmegaConf.is_dict(node) else ():
+            if OmegaConf.is_missing(node, one.name) or one.name not in node:
+                continue
+            if one.metadata.get("input"):
+                node[one.name] = beside(node[one.name])
+            else:
+                below(_field_types(cast(type[Any], kind))[one.name], node[one.name])
+
+    below(schema, layer)
+    for overlay in (layer.get("rounds") or {}).values():
+        below(schema, overlay)
 
 
 def override_node(schema: type[Any], text: str) -> DictConfig:

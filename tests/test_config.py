@@ -152,3 +152,33 @@ def test_digest_depends_on_values_only() -> None:
     one = load(Config, None, ["model=m", "search.c=1", "run.seed=1"])
     two = load(Config, None, ["run.seed=1", "search.c=1", "model=m"])
     assert digest(one) == digest(two) != digest(load(Config, None, ["model=m"]))
+
+
+def test_input_files_are_found_beside_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project / "below", elsewhere):
+        folder.mkdir(parents=True)
+    for path in (
+        project / "mine.jsonl",
+        project / "below" / "held.jsonl",
+        elsewhere / "mine.jsonl",
+        elsewhere / "b.jsonl",
+    ):
+        path.write_text("{}\n")
+    (project / "base.yaml").write_text(
+        "model: {base: tiny}\n"
+        "problems: {path: mine.jsonl, heldout_path: below/held.jsonl, decontaminate: [gsm8k, b.jsonl]}\n"
+    )
+    (project / "below" / "own.yaml").write_text(
+        "base: ../base.yaml\nproblems: {decontaminate: [held.jsonl, math]}\nrounds: {r2: {search: {ppm: held.jsonl}}}\n"
+    )
+    (project / "tiny").mkdir()  # a word of its own, not this folder
+    monkeypatch.chdir(elsewhere)
+    config = load(Config, project / "base.yaml")
+    assert config.problems.path == str(project / "mine.jsonl"), "the file's folder comes before the working folder"
+    assert config.problems.decontaminate == ["gsm8k", "b.jsonl"] and config.model.base == "tiny"
+    config = load(Config, project / "below" / "own.yaml", ["problems.path=mine.jsonl"])
+    assert config.problems.path == "mine.jsonl", "on the command line, the working folder's"
+    assert config.problems.heldout_path == str(project / "below" / "held.jsonl")
+    assert config.problems.decontaminate == [str(project / "below" / "held.jsonl"), "math"]
+    assert config.rounds["r2"]["search"]["ppm"] == str(project / "below" / "held.jsonl")
