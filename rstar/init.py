@@ -20,9 +20,9 @@ CONFIG = """\
 #   rstar evolve {folder}/config.yaml --dry-run    prints the plan of all rounds and what it may cost
 #   rstar evolve {folder}/config.yaml              runs it; the same command resumes
 #
-# Input files are looked for beside this file, then in the folder where rstar is started. Every line can be overridden on
-# the command line (search.rollouts=8), for one round too (rounds.r4.search.rollouts=8). What is not here has its default:
-# rstar config {folder}/config.yaml
+# Input files are looked for beside this file, then in the folder where rstar is started. Every line can be overridden
+# on the command line (search.rollouts=8), for one round too (rounds.r4.search.rollouts=8). What is not here has its
+# default: rstar config {folder}/config.yaml
 recipe: rstar_math
 run:
   dir: "{folder}/run"  # trees, rows, models (round_04/policy, round_04/ppm) and report.html

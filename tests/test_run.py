@@ -631,3 +631,27 @@ def test_file_system_without_locks_is_told_and_used(
     monkeypatch.setattr(fcntl, "flock", none)
     RunDir(tmp_path).acquire()
     assert "no locks on" in capsys.readouterr().out
+
+
+def test_a_recipe_outside_the_package_runs_resumes_and_refuses_other_settings(tmp_path: Path, tiny_model: Path) -> None:
+    config = configured(tmp_path, tiny_model)  # writes the problems
+    example = Path(TINY).parent.parent.parent / "docs" / "examples" / "expert_iteration.py"
+    command = [
+        sys.executable, str(example), str(example.with_suffix(".yaml")), f"run.dir={tmp_path / 'run'}", "engine=simulated",
+        "problems.name=file", f"problems.path={config.problems.path}", "problems.heldout=1", f"model.base={tiny_model}",
+        "model.step_tokens=false", "warmup.enabled=false", "sft.epochs=1",
+    ]  # fmt: skip
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    first = run()
+    assert first.returncode == 0 and "finished in" in first.stdout, first.stderr
+    here = RunDir(tmp_path / "run").round(1)
+    assert list(here.records()) == ["search", "extract", "policy", "eval"]
+    rows = read_rows(here.sft, SftRow)
+    assert rows and (here.policy / "model.safetensors").exists()
+    assert run().stdout.count("all done") == 1
+    refused = run("search.temperature=0.5")
+    assert refused.returncode == 2 and "search.temperature: 1.0 -> 0.5" in refused.stderr
+    assert "(rounds.r1.search.temperature=1.0)" in refused.stderr
