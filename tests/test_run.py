@@ -637,8 +637,9 @@ def test_a_recipe_outside_the_package_runs_resumes_and_refuses_other_settings(tm
     config = configured(tmp_path, tiny_model)  # writes the problems
     example = Path(TINY).parent.parent.parent / "docs" / "examples" / "expert_iteration.py"
     command = [
-        sys.executable, str(example), str(example.with_suffix(".yaml")), f"run.dir={tmp_path / 'run'}", "engine=simulated",
-        "problems.name=file", f"problems.path={config.problems.path}", "problems.heldout=1", f"model.base={tiny_model}",
+        sys.executable, str(example), str(example.with_suffix(".yaml")), f"run.dir={tmp_path / 'run'}",
+        "engine=simulated", "problems.name=file", f"problems.path={config.problems.path}", "problems.heldout=1",
+        f"model.base={tiny_model}",
         "model.step_tokens=false", "warmup.enabled=false", "sft.epochs=1",
     ]  # fmt: skip
 

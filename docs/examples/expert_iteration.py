@@ -1,4 +1,4 @@
-"""Plain expert iteration, a recipe outside the package: sample solutions, keep correct ones, fine-tune the base on them.
+"""Plain expert iteration, a recipe of one's own: sample solutions, keep correct ones, fine-tune the base on them.
 
 python docs/examples/expert_iteration.py docs/examples/expert_iteration.yaml [key=value ...]
 """
