@@ -7,12 +7,10 @@ these; the function's annotations say how they are read back.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from rstar.config import to_json
 from rstar.store import read_json, write_json
 
 
@@ -53,7 +54,9 @@ def read_call(path: Path) -> Call:
     found = read_json(path)
     function = _function(found["function"])
     kinds = typing.get_type_hints(function)
-    return Call(function, {name: from_json(kinds[name], value) for name, value in found["arguments"].items()})
+    return Call(
+        function, {name: TypeAdapter(kinds[name]).validate_python(one) for name, one in found["arguments"].items()}
+    )
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -79,34 +82,3 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
-
-
-def to_json(value: Any) -> Any:
-    """A value as JSON: dataclasses as objects, paths as texts."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The value of type `kind` that `to_json` has written."""
-    if value is None or kind is Any:
-        return value
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        kinds = typing.get_type_hints(kind)
-        return typing.cast(Any, kind)(**{name: from_json(kinds[name], one) for name, one in value.items()})
-    if origin in (typing.Union, types.UnionType):  # T | None
-        return from_json(next(one for one in inner if one is not types.NoneType), value)
-    if origin is tuple:
-        each = inner[:1] * len(value) if inner[1:] == (...,) else inner
-        return tuple(from_json(one, item) for one, item in zip(each, value, strict=True))
-    if origin is list:
-        return [from_json(inner[0], item) for item in value]
-    if origin in (dict, Mapping):
-        return {key: from_json(inner[1], item) for key, item in value.items()}
-    return Path(value) if kind is Path else value

@@ -27,9 +27,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from rstar.call import Call, call_of, read_call, to_json
+from rstar.call import Call, call_of, read_call
 from rstar.cluster import ray_session
-from rstar.config import ClusterSection, RunSection, digest, for_round, load
+from rstar.config import ClusterSection, RunSection, digest, for_round, load, to_json
 from rstar.machine import software
 from rstar.manifest import RoundDir, StageRecord, run_dir
 from rstar.problems import ProblemSet

@@ -15,9 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from omegaconf import OmegaConf
-
-from rstar.config import ModelSection
+from rstar.config import ModelSection, read_yaml
 from rstar.prompts import SLM_TEMPLATE
 from rstar.types import UserError
 
@@ -150,10 +148,7 @@ def load_few_shot(path: str | Path) -> tuple[tuple[str, str], ...]:
             f"no few-shot file {path}", need="a YAML list of question, solution", how="check model.few_shot"
         )
     wrong = UserError(f"{path} is no list of worked examples", need="entries with the texts question and solution")
-    try:
-        entries = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the YAML library raises its own family of errors
-        raise UserError(f"{path} is not readable YAML: {_first_line(error)}") from error
+    entries = read_yaml(Path(path))
     if not isinstance(entries, list):
         raise wrong
     examples = []

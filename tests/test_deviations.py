@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from rstar.config import ExtractSection, PpmSection, SandboxSection, SearchSection, TrainSection
+from rstar.config import ExtractSection, PpmSection, SandboxSection, SearchSection, TrainSection, keys
 from rstar.extract.sft import sft_rows
 from rstar.extract.trajectories import path_segments
-from rstar.overrides import keys
 from rstar.problems.agreement import agreeing_answer
 from rstar.recipes import flow_dpo, load_config, orca2, outcome_verifier, rstar_math
 from rstar.recipes.base_model import checkpoint

@@ -17,11 +17,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rstar.config import ProblemsSection, load
+from rstar.config import ProblemsSection, keys, load
 from rstar.engines.openai import _parse, _Transient
 from rstar.grading import extract_answer, is_equivalent_fast, normalise
 from rstar.manifest import RoundDir
-from rstar.overrides import keys
 from rstar.problems import load_problems
 from rstar.prompts import DELIMITERS, Malformed, kind_of, last_boxed, parse, parse_solution
 from rstar.recipes.rstar_math import Config
