@@ -536,7 +536,7 @@ def _validated(schema: type[T], values: dict[str, Any], prefix: str = "") -> T:
     if values.get("model", {}).get("base") == MISSING:
         raise UserError(f"{prefix}model.base has no value", need="str", how=f"set it: {prefix}model.base=...")
     try:
-        return cast(T, _adapter(schema).validate_python((values,))[0])
+        return cast(T, _adapter(cast(Any, schema)).validate_python((values,))[0])
     except ValidationError as error:
         first = error.errors()[0]
         key, context = ".".join(map(str, first["loc"][1:])), first.get("ctx", {})
