@@ -21,7 +21,7 @@ from rstar.search.sample import sample
 from rstar.search.tree_operations import rescore
 from rstar.tree import Node, Tree
 from rstar.types import Generation, PromptText, SamplingParams, TerminalReason
-from tests.fakes import answer, branching, choices, depth_of, finish, grow, problem, step
+from tests.fakes import answer, branching, depth_of, finish, grow, problem, step
 
 
 def tree_with(*children: str, values: dict[str, list[float]] | None = None) -> tuple[Tree, dict[str, Node]]:

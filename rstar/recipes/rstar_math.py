@@ -261,7 +261,8 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
         def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
             search_passes(job, [problems], config.cluster, f"round {number} {name}", before=before.trees)
 
-        search(job, unsolved(pool, here.trees) if unsolved_only else pool, "search")
+        revision = job.passes[0].revision
+        search(job, unsolved(pool, here.trees, revision) if unsolved_only else pool, "search")
         if again := second_pass(config.search):
             had = {name.rpartition("#")[0] for name in index(here.trees) if name.endswith(f"#{again.seeds[0]}")}
             had |= {problem.id for problem in unsolved(pool, here.trees)}
