@@ -44,12 +44,18 @@ def test_no_result_where_there_is_nothing_to_calculate(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "known", "expected"),
-    [("<<5-8=-", 0, "<<5-8=-3>>"), ("<<5-8=-", 5, "<<5-8=-3>>"), ("<<5-8=-9>> and", 6, None), ("x = <<2*3= $7", 3, "x = <<2*3=6>>"),
-     ("<<1+1==3>><<2+2=5", 0, "<<1+1=2>>"), ("<<1/0=<<2+2=5", 0, "<<1/0=<<2+2=4>>"), ("a = b", 0, None), ("", 0, None)],
-)  # fmt: skip
-def test_text_is_cut_at_the_first_new_equals_sign_that_has_a_result(
-    text: str, known: int, expected: str | None
-) -> None:
+    [
+        ("<<5-8=-", 0, "<<5-8=-3>>"),
+        ("<<5-8=-", 5, "<<5-8=-3>>"),
+        ("<<5-8=-9>> and", 6, None),
+        ("x = <<2*3= $7", 3, "x = <<2*3=6>>"),
+        ("<<1+1==3>><<2+2=5", 0, "<<1+1=2>>"),
+        ("<<1/0=<<2+2=5", 0, "<<1/0=<<2+2=4>>"),
+        ("a = b", 0, None),
+        ("", 0, None),
+    ],
+)
+def test_text_is_cut_at_the_first_new_sign_that_has_a_result(text: str, known: int, expected: str | None) -> None:
     assert filled_in(text, known) == expected
 
 
