@@ -74,12 +74,16 @@ def test_deviation_D1_unvisited_children_come_first() -> None:
     assert select(tree, tree.root, c=2.0) is nodes["C"]
 
 
-def test_ties_go_to_the_higher_ppm_value_then_to_the_child_created_first() -> None:
+def test_ties_go_to_the_child_created_first() -> None:
     tree, nodes = tree_with("A", "B", "C")
     assert select(tree, tree.root, c=2.0) is nodes["A"]
     for node in nodes.values():
         tree.backpropagate(node, 1.0)
     assert select(tree, tree.root, c=2.0) is nodes["A"]
+
+
+def test_ties_go_to_the_higher_ppm_value_before_that() -> None:
+    tree, nodes = tree_with("A", "B", "C")
     nodes["A"].ppm_value, nodes["B"].ppm_value, nodes["C"].ppm_value = -0.5, 0.5, 0.5
     assert select(tree, tree.root, c=2.0) is nodes["B"]
     assert select(tree, tree.root, c=2.0, selection="puct") is nodes["B"]
