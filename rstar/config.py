@@ -180,7 +180,7 @@ class SearchSection:
     rollouts_in_flight: int = 1  # walks of one tree at once (virtual loss); 1 is the reference
     trees_in_flight: int = 32  # problems searched at once by a worker
     seeds: list[int] = field(default_factory=lambda: [0])  # one tree per problem and seed
-    checkpoint_rollouts: int = 0  # save an unfinished tree after so many rollouts; 0: only when its search is done
+    checkpoint_rollouts: int = 0  # save an unfinished tree after so many rollouts, all ended; 0: only when it is done
 
 
 @dataclass(frozen=True)

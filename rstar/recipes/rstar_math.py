@@ -10,7 +10,7 @@ the last search with their most frequent answer and its share, so that a person 
 Deviations from the paper (P) or the official code (C), and choices where P is silent, each with its switch:
 
 D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0 and visits 1.5 of 12 root branches of a
-    toy tree: search.unvisited_first=false.
+    toy tree: search.unvisited_first=false. Equal scores go by PPM value, then creation order; C takes the first.
 D2  a child's PPM value counts as its first visit, as in C; P's Eq. 3 does not count it: search.ppm_prior_visits=0.
 D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once.
     C leaves such a -1 on the node: search.back_up_dead_ends=false.
@@ -264,7 +264,8 @@ def _search_stage(config: Config, run: RunDir, number: int) -> Stage:
         def search(job: SearchJob, problems: Sequence[Problem], name: str) -> None:
             search_passes(job, [problems], config.cluster, f"round {number} {name}", before=before.trees)
 
-        search(job, unsolved(pool, here.trees) if unsolved_only else pool, "search")
+        revision = job.passes[0].revision
+        search(job, unsolved(pool, here.trees, revision) if unsolved_only else pool, "search")
         if again := second_pass(config.search):
             had = {name.rpartition("#")[0] for name in index(here.trees) if name.endswith(f"#{again.seeds[0]}")}
             had |= {problem.id for problem in unsolved(pool, here.trees)}
