@@ -47,6 +47,21 @@ def completion(text: str) -> str | None:
     return None if shown is None else shown + CLOSE
 
 
+def filled_in(text: str, known: int = 0) -> str | None:
+    """What stands in the place of `text`, whose last part, from `known` on, a model has just written.
+
+    The text up to the first new "=" that ends the expression of an open annotation, then the result and `>>`: what the
+    model wrote behind that "=" is dropped, wherever its tokens end. None where no new "=" has a result. Every engine
+    asks this one function, so all of them make the same text of what a model wants to write.
+    """
+    end = text.find("=", known) + 1
+    while end:
+        if (result := completion(text[:end])) is not None:
+            return text[:end] + result
+        end = text.find("=", end) + 1
+    return None
+
+
 def evaluate(expression: str) -> Fraction | None:
     """Exact value of an arithmetic expression; None where it is none, divides by zero or is out of bounds."""
     if len(expression) > MAX_CHARS:

@@ -218,12 +218,9 @@ class SearchSection:
     ppm_prior_visits: int = 1  # 1: the PPM's value is a new child's first visit; 0: kept outside N
     rollouts_in_flight: Positive = 1  # walks of one tree at once (virtual loss); 1 is the reference
     trees_in_flight: Positive = field(default=32, metadata=HOW)  # problems searched at once by a worker
-    seeds: Annotated[list[int], AfterValidator(_each_once)] = field(
-        default_factory=lambda: [0]
-    )  # one tree per problem and seed
-    checkpoint_rollouts: Count = field(
-        default=0, metadata=HOW
-    )  # save an unfinished tree after so many rollouts; 0: only when its search is done
+    seeds: Annotated[list[int], AfterValidator(_each_once)] = field(default_factory=lambda: [0])  # one tree each
+    # save an unfinished tree after so many rollouts, all ended; 0: only when it is done
+    checkpoint_rollouts: Count = field(default=0, metadata=HOW)
 
 
 @dataclass(frozen=True)

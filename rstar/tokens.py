@@ -221,8 +221,8 @@ class TextStream:
     that begins a text, and ids that end within a character wait for its other bytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> None:
-        self.text = ""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = (), text: str = "") -> None:
+        self.text = text
         self._tokenizer = tokenizer
         self._window = list(prompt_ids[-4:])
         self._context = len(self._window)  # ids of the window whose text is out already

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies
 from transformers import AutoModelForCausalLM
 
-from rstar.calculator import annotate, calculate, completion, evaluate, written
+from rstar.calculator import annotate, calculate, completion, evaluate, filled_in, written
 from rstar.config import EngineSection
 from rstar.engines import hf
 from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.engines.stop_and_continue import stop_and_continue
+from rstar.tokens import load_tokenizer
 from rstar.types import Generation, PromptText, SamplingParams
 
 
@@ -37,6 +40,23 @@ def test_golden_results(text: str, value: float) -> None:
 )
 def test_no_result_where_there_is_nothing_to_calculate(text: str) -> None:
     assert calculate(text) is None and completion(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "expected"),
+    [
+        ("<<5-8=-", 0, "<<5-8=-3>>"),
+        ("<<5-8=-", 5, "<<5-8=-3>>"),
+        ("<<5-8=-9>> and", 6, None),
+        ("x = <<2*3= $7", 3, "x = <<2*3=6>>"),
+        ("<<1+1==3>><<2+2=5", 0, "<<1+1=2>>"),
+        ("<<1/0=<<2+2=5", 0, "<<1/0=<<2+2=4>>"),
+        ("a = b", 0, None),
+        ("", 0, None),
+    ],
+)
+def test_text_is_cut_at_the_first_new_sign_that_has_a_result(text: str, known: int, expected: str | None) -> None:
+    assert filled_in(text, known) == expected
 
 
 @pytest.mark.parametrize(
@@ -164,6 +184,85 @@ def test_engines_that_stop_and_continue_write_the_same() -> None:
         stop_and_continue(engine.generate, len, PromptText(("q\n",)), replace(params, n=1, max_tokens=20))
     )
     assert short.cut_off and short.tokens <= 20
+
+
+WISHES = [  # (what a model wants to write, what it writes with the calculator)
+    ("a <<5-8=-9>>, b", "a <<5-8=-3>>, b"),
+    ("a <<5-8=-3>>-3 and <<2*3=$7>>6", "a <<5-8=-3>>-3 and <<2*3=6>>6"),
+    ("<<5 - 8 = -9>>, <<1-3 = 4>>", "<<5 - 8 =-3>>, <<1-3 =-2>>"),
+    ("<<2*3==6>> x", "<<2*3=6>> x"),
+    ("x=-5, y == 2, <<5/0=-1>>, <<7=-7>>", "x=-5, y == 2, <<5/0=-1>>, <<7=7>>"),
+    ("<<2+3=5>>=- <<1/4-1=-1>>", "<<2+3=5>>=- <<1/4-1=-0.75>>"),
+    ("<<5-8=-\nno more", "<<5-8=-3>>"),
+    ("so <<1+1=2\nno>>\nmore <<2+2=5>>", "so <<1+1=2>>\n"),
+]
+
+
+def goes_on(wish: str, written: str) -> str:
+    """What a model with this wish writes after `written`, whose last annotation may be another one than it wished."""
+    rest = written.rpartition(">>")[2]
+    left = ">>".join(wish.split(">>")[written.count(">>") :])
+    return left.removeprefix(rest) if left.startswith(rest) else ""
+
+
+@pytest.fixture(scope="module")
+def joined(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> HfPolicy:
+    """A policy whose tokens join "=" with what stands beside it."""
+    tokenizer, model = load_tokenizer(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["=-", "=$", " = ", "==", " = -", "=7", "8=-", "<<7=-", ">>=-", ">>,", "=2\n"])
+    model.resize_token_embeddings(len(tokenizer))
+    folder = tmp_path_factory.mktemp("joined")
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return HfPolicy(str(folder), EngineSection(dtype="float32", device="cpu"))
+
+
+@pytest.mark.parametrize(("wish", "expected"), WISHES)
+def test_engines_write_the_same_text_wherever_the_tokens_of_a_model_end(
+    joined: HfPolicy, monkeypatch: pytest.MonkeyPatch, wish: str, expected: str
+) -> None:
+    params = SamplingParams(max_tokens=200, calculator=True, stop=("\n",))
+
+    def append(samples: Sequence[Any], logits: torch.Tensor) -> None:
+        for sample in samples:
+            wanted = joined.encoder.within(goes_on(wish, sample.stream.text))
+            sample.ids.append(wanted[0] if wanted else joined.tokenizer.eos_token_id)
+
+    def script(prompt: str, seed: int, index: int) -> str:
+        return goes_on(wish, prompt.removeprefix("Q: "))
+
+    async def deaf(prompt: PromptText, params: SamplingParams) -> list[Generation]:
+        """A server that stops at none of our strings, and cuts at one of the request's own."""
+        return await simulated.generate(prompt, replace(params, stop=("\n",)))
+
+    monkeypatch.setattr(joined, "_append_tokens", append)
+    simulated = SimulatedPolicy(script)
+    found = [
+        asyncio.run(samples)
+        for samples in (
+            joined.generate(PromptText(("Q: ",)), params),
+            simulated.generate(PromptText(("Q: ",)), params),
+            stop_and_continue(deaf, len, PromptText(("Q: ",)), params),
+        )
+    ]
+    stop = "\n" if expected.endswith("\n") else None
+    assert [(one.text, one.stop, one.cut_off) for (one,) in found] == [(expected, stop, False)] * 3
+
+
+def test_hf_spells_a_result_as_its_training_rows_do(joined: HfPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model wrote the token "=", but the rows have "=-"."""
+    wanted = joined.tokenizer.convert_tokens_to_ids(["<", "<", "5", "-", "8", "="])
+    known: list[int] = []
+
+    def append(samples: Sequence[Any], logits: torch.Tensor) -> None:
+        (sample,) = samples
+        known[:] = sample.ids[len(sample.prompt.ids) :]
+        sample.ids.append(wanted[len(known)] if len(known) < len(wanted) else joined.tokenizer.eos_token_id)
+
+    monkeypatch.setattr(joined, "_append_tokens", append)
+    (one,) = asyncio.run(joined.generate(PromptText(("Q: ",)), SamplingParams(max_tokens=50, calculator=True)))
+    assert one.text == "<<5-8=-3>>"
+    assert joined.tokenizer.convert_ids_to_tokens(known)[5] == "=-"
 
 
 @pytest.mark.vllm

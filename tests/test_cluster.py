@@ -20,10 +20,13 @@ import pytest
 from rstar.cluster import PASSIVE_WAIT, LeasedWorker, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import EngineError
+from rstar.recipes.measuring import unsolved
+from rstar.sandbox import Sandbox, Session
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, finished_by, unfinished
-from rstar.store import index, read_trees, scan
+from rstar.store import TreeWriter, index, read_trees, scan, shards
 from rstar.tree import Tree
-from rstar.types import Problem, UserError
+from rstar.types import Execution, ExecutionStatus, Problem, TerminalReason, UserError
+from tests.fakes import LiteralSession
 
 PROBLEMS = [
     Problem(id=f"sum-{i:02d}", question=f"What is {i} + {i + 3} + 4?", answer=str(2 * i + 7), level="1")
@@ -148,6 +151,85 @@ def test_escalation_cut_off_after_its_first_answer_is_carried_to_its_end(tmp_pat
     search_all(escalating(tmp_path / "cut"), items(), ClusterSection(), lambda s: None)
     resumed = {rows[0]["tree_id"]: rows for rows in contents(tmp_path / "cut")}
     assert all(resumed[name] == whole[name] for name in cut)
+
+
+class PlainSandbox(Sandbox):
+    """Runs the scripted policy's sums in this process: some hundred searches in seconds."""
+
+    async def start(self) -> None:
+        self.level = "none"
+
+    async def close(self) -> None:
+        """Nothing was started."""
+
+    def session(self, seed: int) -> Session:
+        return PlainSession()  # type: ignore[return-value]
+
+
+class PlainSession(LiteralSession):
+    async def run(self, parent: tuple[str, ...], code: str) -> tuple[tuple[str, ...], Execution]:
+        printed: list[str] = []
+        names: dict[str, object] = {"print": lambda value: printed.append(f"{value}\n")}
+        for earlier in parent:
+            exec(earlier, names)
+        printed.clear()
+        try:
+            exec(code, names)
+        except NameError as error:
+            return parent, Execution(ExecutionStatus.ERROR, error=str(error))
+        return (*parent, code), Execution(ExecutionStatus.OK, stdout="".join(printed))
+
+
+@pytest.mark.parametrize("revision", [0, 1])
+@pytest.mark.parametrize(("in_flight", "checkpoint"), [(1, 0), (1, 2), (3, 3)])
+def test_search_killed_at_any_write_ends_with_the_trees_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: int, in_flight: int, checkpoint: int
+) -> None:
+    """Three seeds, two escalations; `revision` 1: their finished trees are taken up again and grow further.
+
+    A kill leaves the first trees that were written.
+    """
+    monkeypatch.setattr("rstar.search.collect.Sandbox", PlainSandbox)
+    problems = [Problem(f"long-{i}", f"What is {i} + {i + 3} * 2 - 4 + 9 * {i}?", str(12 * i + 2)) for i in range(10)]
+
+    def search(folder: Path, revision: int) -> None:
+        settings = {"seeds": [0, 1, 2], "escalate": [2, 5], "checkpoint_rollouts": checkpoint}
+        (one,) = job(folder, rollouts_in_flight=in_flight, **settings).passes
+        section = replace(one.search, rollouts=4 if revision else 2, candidates=2)
+        whole = replace(job(folder), passes=(replace(one, search=section, revision=revision),))
+        search_all(whole, unfinished(problems, whole, 0), ClusterSection(), lambda summary: None)
+
+    whole = tmp_path / "whole"
+    if revision:
+        search(whole, 0)
+    begun = sum(path.stat().st_size for path in shards(whole))
+    search(whole, revision)
+    (shard,) = shards(whole)
+    expected, data = contents(whole), shard.read_bytes()
+    reached = {rows[0]["rollouts_done"] for rows in expected if any(row.get("reward") == 1.0 for row in rows)}
+    assert len(reached) > 2, "problems are solved before their escalations, in one and in the other"
+    ends = [ref.offset + ref.length for ref in scan(shard).frames]
+    for number, end in enumerate(end for end in ends if end > begun):
+        killed = tmp_path / f"killed-{number}" / shard.name
+        killed.parent.mkdir()
+        killed.write_bytes(data[:end])
+        search(killed.parent, revision)
+        assert contents(killed.parent) == expected, f"killed after write {number}"
+
+
+def test_problem_that_is_taken_up_again_stays_unsolved_until_all_its_trees_are(tmp_path: Path) -> None:
+    def trees(revision: int, *seeds: int, right: bool) -> None:
+        with TreeWriter(tmp_path / "trees-w0.jsonl.zst") as writer:
+            for seed in seeds:
+                tree = Tree(tree_id=f"p#{seed}", problem=problem, prompt=("q",), seed=seed, complete=True)
+                tree.add_child(tree.root, terminal=TerminalReason.ANSWER, answer="1", reward=1.0 if right else -1.0)
+                writer.append(replace(tree, revision=revision))
+
+    problem = Problem("p", "q", "1")
+    trees(0, 0, 1, right=False)
+    assert unsolved([problem], tmp_path, 1) == [problem]
+    trees(1, 0, right=True)
+    assert unsolved([problem], tmp_path, 1) == [problem] and unsolved([problem], tmp_path, 2) == []
 
 
 def test_escalation_goes_on_with_unsolved_problems_only(tmp_path: Path) -> None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import random
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+
 import pytest
 
 from rstar.evaluation import (
     Candidate,
     EvalRecord,
+    Pick,
     bootstrap,
     by_level,
     chosen_share,
@@ -92,16 +100,67 @@ def test_paired_comparison_sees_what_two_separate_intervals_cannot() -> None:
     assert paired([0.5], [1.0]).p_value is None
 
 
-def scored(*table: tuple[str, float, int], samples: int) -> EvalRecord:
+def scored(*table: tuple[str, float | None, int], samples: int) -> EvalRecord:
     found = tuple(Candidate(answer, score, count, answer == "7") for answer, score, count in table)
     return EvalRecord("p", "1", "", found, samples, 100, 10, 1.0)
 
 
-def test_fewer_samples_than_drawn_are_nested_random_subsets() -> None:
+def by_enumeration(record: EvalRecord, k: int, pick: Pick) -> float:
+    """The share over every set of k samples, one by one."""
+    pool = [i for i, c in enumerate(record.candidates) for _ in range(c.count)]
+    pool += [-1] * (record.samples - len(pool))
+    right = []
+    for drawn in combinations(pool, k):
+        best = pick([replace(c, count=drawn.count(i)) for i, c in enumerate(record.candidates) if i in drawn])
+        right.append(best is not None and best.correct)
+    return sum(right) / len(right)
+
+
+PICKS: dict[str, Pick] = {
+    "top score": top_score,
+    "majority": vote,
+    "weighted": partial(vote, weighted=True),
+    "majority of the top 3": partial(vote, top_k=3),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_share_of_right_choices_is_that_of_all_sets_of_samples(name: str) -> None:
+    rng, pick = random.Random(name), PICKS[name]
+    for _ in range(60):
+        scores = rng.choice(((None,), (0.5, -0.5), tuple(rng.uniform(-1, 1) for _ in range(9))))
+        answers = rng.choice(("75", "753", "7531"))
+        found = [(rng.choice(answers), rng.choice(scores), rng.randint(1, 3)) for _ in range(rng.randint(1, 5))]
+        while sum(count for _, _, count in found) > 9:
+            found.pop()
+        record = scored(*found, samples=sum(count for _, _, count in found) + rng.randint(0, 2))
+        for k in range(1, record.samples + 1):
+            assert chosen_share(record, k, pick) == pytest.approx(by_enumeration(record, k, pick), abs=1e-12)
+
+
+def test_majority_of_hundred_samples_is_exact_and_soon_counted() -> None:
+    """Two answers: the majority of k is right where more than half of the drawn are, ties go to the better score."""
+    record = scored(("7", 0.9, 1), *(("7", 0.0, 1) for _ in range(39)), ("5", 0.5, 60), samples=100)
+    begun = time.process_time()
+    for k in (1, 4, 16, 51, 64):
+        sets = [math.comb(40, n) * math.comb(60, k - n) for n in range(min(40, k) + 1)]
+        tied = math.comb(39, k // 2 - 1) * math.comb(60, k // 2) if k % 2 == 0 else 0  # with the best one among them
+        expected = sum(ways for n, ways in enumerate(sets) if 2 * n > k) + tied
+        assert chosen_share(record, k, vote) == pytest.approx(expected / math.comb(100, k), rel=1e-12)
+    assert time.process_time() - begun < 2
+
+
+def test_what_cannot_be_counted_is_estimated() -> None:
+    """Single votes: the answer with the best score wins wherever it is drawn."""
+    record = scored(("7", 0.9, 1), *((f"not {i}", i / 50, 1) for i in range(39)), samples=40)
+    found = [chosen_share(record, k, PICKS["weighted"]) for k in (10, 20)]
+    assert found == pytest.approx([0.25, 0.5], abs=0.1)
+
+
+def test_fewer_samples_than_drawn_stand_for_all_sets_of_as_many() -> None:
     record = scored(("7", 0.9, 1), ("5", 0.1, 2), samples=8)  # five samples found no answer
     shares = [chosen_share(record, k, top_score) for k in range(1, 9)]
-    assert shares == sorted(shares) and shares[-1] == 1.0  # the best one stays the best in every larger subset
-    assert shares[3] == pytest.approx(4 / 8, abs=0.2)
+    assert shares == pytest.approx([k / 8 for k in range(1, 9)])  # it wins wherever it is drawn
     assert chosen_share(record, 8, vote) == 0.0 < chosen_share(record, 2, vote)
     assert chosen_share(scored(("5", 0.1, 2), samples=8), 2, vote) == 0.0
 

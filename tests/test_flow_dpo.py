@@ -290,7 +290,7 @@ def test_dpo_losses_of_the_golden_case() -> None:
     assert loss((-10, -12), (-11, -11.5), 0.1) == pytest.approx(0.620957, abs=1e-6)
 
 
-QUICK = DpoSection(learning_rate=1e-2, micro_batch_tokens=64, batch_size=2)
+QUICK = DpoSection(dtype="float32", learning_rate=1e-2, micro_batch_tokens=64, batch_size=2)
 PAIRS = [
     PreferenceRow(
         "", "", "", ("Q: one?\n", "Sum "), ("2 apples",), ("3 pears",), 2.0, 1.0, "answer", "p", "t", (1, 2), True

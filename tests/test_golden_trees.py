@@ -43,6 +43,9 @@ def score(text: str) -> float:
 CASES: dict[str, Callable[[], tuple[Expander, int]]] = {
     "terminal_guided": lambda: (grow(branching(2, lambda made: made == [1, 0])), 4),
     "ppm_augmented": lambda: (grow(branching(2, lambda made: made == [1, 0]), score=score), 4),
+    # differs where a walk counts its own virtual loss in N_parent
+    "ppm_augmented_wide": lambda: (grow(branching(2, lambda made: sum(made) % 2 == 0), candidates=3, score=score), 6),
+    "prior_outside_n": lambda: (grow(branching(1, lambda made: made == [1]), score=score, prior_visits=0), 2),
     "test_time": lambda: (grow(branching(1, lambda made: made == [0]), score=score, test_time=True), 4),
     "dead_ends": lambda: (grow(dead_ends), 4),
     "all_candidates_fail": lambda: (grow(lambda prompt, seed, index: f"boom({index})<end_of_step>"), 4),

@@ -1,4 +1,7 @@
-"""The search core: formulas against golden numbers, the table of terminals, properties, a textbook reference."""
+"""The search core: formulas against golden numbers, the table of terminals, properties.
+
+Whole trees against an independent reference are in test_reference_search.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from rstar.search.sample import sample
 from rstar.search.tree_operations import rescore
 from rstar.tree import Node, Tree
 from rstar.types import Generation, PromptText, SamplingParams, TerminalReason
-from tests.fakes import answer, branching, choices, depth_of, finish, grow, problem, step
+from tests.fakes import answer, branching, depth_of, finish, grow, problem, step
 
 
 def tree_with(*children: str, values: dict[str, list[float]] | None = None) -> tuple[Tree, dict[str, Node]]:
@@ -77,6 +80,39 @@ def test_ties_go_to_the_child_created_first() -> None:
     for node in nodes.values():
         tree.backpropagate(node, 1.0)
     assert select(tree, tree.root, c=2.0) is nodes["A"]
+
+
+def test_ties_go_to_the_higher_ppm_value_before_that() -> None:
+    tree, nodes = tree_with("A", "B", "C")
+    nodes["A"].ppm_value, nodes["B"].ppm_value, nodes["C"].ppm_value = -0.5, 0.5, 0.5
+    assert select(tree, tree.root, c=2.0) is nodes["B"]
+    assert select(tree, tree.root, c=2.0, selection="puct") is nodes["B"]
+
+
+@pytest.mark.parametrize("unvisited", [math.inf, 0.0])
+def test_unvisited_children_with_a_prior_outside_n_go_by_their_prior(unvisited: float) -> None:
+    tree, nodes = tree_with("A", "B")
+    for node, value in zip(nodes.values(), (-0.9, 0.9), strict=True):
+        tree.set_ppm_value(node, value, prior_visits=0)
+    assert select(tree, tree.root, c=2.0, unvisited=unvisited) is nodes["B"]
+
+
+def test_a_walk_alone_selects_by_eq_1_and_other_walks_count_as_losses() -> None:
+    """With its own visit in N_parent the walk would explore B: ln(1 + 1) > 0."""
+    tree, nodes = tree_with("A", "B")
+    for name, value in (("A", 0.05), ("B", 0.04)):
+        tree.set_ppm_value(nodes[name], value)
+    tree.backpropagate(nodes["A"], 1.0)
+    tree.root.virtual_losses = 1  # the walk that selects
+    assert (tree.root.visit_count, nodes["A"].q_value) == (1, pytest.approx(0.525))
+    assert uct(nodes["A"], tree.root, 2.0) == pytest.approx(0.525)
+    assert uct(nodes["B"], tree.root, 2.0) == pytest.approx(0.04)
+    assert select(tree, tree.root, c=2.0) is nodes["A"]
+    tree.root.virtual_losses, nodes["A"].virtual_losses = 2, 1  # another one went to A
+    assert uct(nodes["A"], tree.root, 2.0) == pytest.approx(0.05 / 3 + 2 * math.sqrt(math.log(2) / 3))
+    assert uct(nodes["B"], tree.root, 2.0) == pytest.approx(0.04 + 2 * math.sqrt(math.log(2)))
+    assert puct(nodes["A"], tree.root, 2.0, 0.5) == pytest.approx(0.05 / 3 + 2 * 0.5 * math.sqrt(2) / 4)
+    assert select(tree, tree.root, c=2.0) is nodes["B"]
 
 
 def test_puct_weights_exploration_by_the_sequence_prior() -> None:
@@ -323,84 +359,6 @@ async def test_walks_in_flight_spread_over_branches_and_take_their_losses_back()
     visited = [child.visit_count for child in expander.tree.children(expander.tree.root)]
     assert visited == [1, 1, 1, 1]
     check_statistics(expander.tree)
-
-
-class Reference:
-    """A slow textbook MCTS on the same toy tree, written without the product's code: nested dictionaries, recursion."""
-
-    def __init__(self, depth: int, width: int, right, c: float) -> None:
-        self.depth, self.width, self.right, self.c = depth, width, right, c
-        self.n: dict[tuple, int] = {}
-        self.w: dict[tuple, float] = {}
-        self.children: dict[tuple, list[tuple]] = {}
-        self.finished: set[tuple] = set()
-
-    def below(self, path: tuple) -> list[tuple]:
-        made = [p for p in path if isinstance(p, int)]
-        if path and path[-1] == "code":
-            return [(*path, "answer")]
-        return [(*path, "code")] if len(made) == self.depth else [(*path, i) for i in range(self.width)]
-
-    def dead(self, path: tuple) -> bool:
-        if path in self.finished:
-            return True
-        return path in self.children and all(self.dead(child) for child in self.children[path])
-
-    def rollout(self) -> None:
-        path: tuple = ()
-        while True:
-            if path not in self.children:
-                self.children[path] = self.below(path)
-                ended = [child for child in self.children[path] if child[-1] == "answer"]
-                for leaf in ended:
-                    self.finished.add(leaf)
-                    value = 1.0 if self.right([p for p in leaf if isinstance(p, int)]) else -1.0
-                    for i in range(len(leaf) + 1):
-                        self.n[leaf[:i]] = self.n.get(leaf[:i], 0) + 1
-                        self.w[leaf[:i]] = self.w.get(leaf[:i], 0.0) + value
-                if ended:
-                    return
-            best, best_score = None, -math.inf
-            for child in self.children[path]:
-                if self.dead(child):
-                    continue
-                n = self.n.get(child, 0)
-                score = (
-                    math.inf if n == 0 else self.w[child] / n + self.c * math.sqrt(math.log(self.n.get(path, 1)) / n)
-                )
-                if score > best_score:
-                    best, best_score = child, score
-            assert best is not None
-            path = best
-
-
-@pytest.mark.parametrize("seed", range(8))
-async def test_agrees_with_a_textbook_search_on_random_toy_trees(seed: int) -> None:
-    rng = random.Random(seed)
-    depth, width = rng.randint(1, 4), rng.randint(2, 4)
-    table: dict[tuple, bool] = {}
-
-    def right(made: list[int]) -> bool:
-        return table.setdefault(tuple(made), random.Random(f"{seed}{made}").random() < 0.4)
-
-    expander = grow(branching(depth, right), candidates=width)
-    rollouts = rng.randint(5, 40)
-    reference = Reference(depth, width, right, 2.0)
-    await Mcts(expander).search(rollouts)
-    for _ in range(rollouts):
-        if reference.dead(()):
-            break
-        reference.rollout()
-    tree = expander.tree
-    ours: dict[tuple, tuple[int, float]] = {}
-    for node in tree.nodes:
-        key = tuple(choices("".join(n.text + "\n" for n in tree.path(node))))
-        suffix = {"<end_of_code>": ("code",), "<end_of_answer>": ("code", "answer")}
-        tail = next((v for k, v in suffix.items() if node.text.endswith(k)), ())
-        ours[(*key, *tail)] = (node.visit_count, node.value_sum)
-    theirs = {path: (reference.n.get(path, 0), reference.w.get(path, 0.0)) for path in ours}
-    assert ours == theirs
-    assert len(reference.children) == sum(node.expanded for node in tree.nodes)
 
 
 async def test_sampling_draws_n_solutions_and_counts_shared_texts() -> None:

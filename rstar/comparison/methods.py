@@ -1,7 +1,7 @@
 """From evaluation records to rows: every method at every number of trajectories, its accuracy, cost, and paired test.
 
 A method is a Line: something whose number of trajectories k can be chosen. Samples of a problem are interchangeable, so
-k < n of them stand for k samples (nested random subsets); searches are counted off in the order of their seeds.
+k < n of them stand for k samples (evaluation.chosen_share); searches are counted off in the order of their seeds.
 """
 
 from __future__ import annotations

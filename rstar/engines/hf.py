@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from rstar.calculator import completion
+from rstar.calculator import filled_in
 from rstar.config import EngineSection
 from rstar.engines.base import ContextOverflow
 from rstar.engines.hf_loop import Engine, Request, load_model, max_context, memory_limits
@@ -267,23 +267,26 @@ class HfPolicy(Engine[_Prompt]):
         last = sample.tokens >= sample.prompt.limit
         if last:
             stream.finish()
-        stop = _first_stop(stream.text, params.stop, before)
-        if stop is not None:
-            text, end = stop
-            return Generation(stream.text[:end], sample.tokens, sample.logprob, stop=text, cut_off=False)
-        if last:
-            return Generation(stream.text, sample.tokens, sample.logprob, stop=None, cut_off=True)
-        grown = len(stream.text) > before
-        if params.calculator and grown and stream.text.endswith("=") and (result := completion(stream.text)):
-            self._write(sample, result)
-        return None
+        stop, end = _first_stop(stream.text, params.stop, before) or (None, len(stream.text))
+        filled = filled_in(stream.text[:end], before) if params.calculator else None
+        if filled is not None and not last:
+            self._respell(sample, before, filled)
+            return None
+        if filled is not None:  # no room for the result
+            stop, end = None, filled.rindex("=") + 1
+        if stop is None and not last:
+            return None
+        return Generation(stream.text[:end], sample.tokens, sample.logprob, stop=stop, cut_off=stop is None)
 
-    def _write(self, sample: _Sample, text: str) -> None:
-        """Append a text of ours, whose tokens go into the next forward pass; at least one token stays for the model."""
+    def _respell(self, sample: _Sample, known: int, text: str) -> None:
+        """Let the sample's text be `text`: in place of its last token, which brought what is behind the first `known`
+        characters, come tokens of ours. They go into the next forward pass; at least one token stays for the model."""
+        del sample.ids[-1]
+        stream = sample.stream = TextStream(self.tokenizer, sample.ids, sample.stream.text[:known])
         room = sample.prompt.limit - sample.tokens - 1
-        for token in self.encoder.within(text)[:room]:
+        for token in self.encoder.within(text[known:])[:room]:
             sample.ids.append(token)
-            sample.stream.push(token)
+            stream.push(token)
 
     def _drop(self, batch: _Batch, row: int) -> _Sample:
         """Take a sample out of the batch and keep its keys and values; the last sample takes its row."""

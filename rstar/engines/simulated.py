@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rstar import prompts
+from rstar.engines.stop_and_continue import stop_and_continue
 from rstar.types import Generation, PromptText, SamplingParams, Usage
 
 Script = Callable[[str, int, int], str]
@@ -80,6 +81,8 @@ class SimulatedPolicy:
 
     async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
         """As Policy.generate; `params.seed` is honoured."""
+        if params.calculator:
+            return await stop_and_continue(self.generate, self.count_tokens, prompt, params)
         self.usage.engine_calls += 1
         text = prompt.text
         self.usage.prompt_tokens += self.count_tokens(text)

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from rstar.calculator import completion
+from rstar.calculator import filled_in
 from rstar.types import Generation, PromptText, SamplingParams
 
 Generate = Callable[[PromptText, SamplingParams], Awaitable[list[Generation]]]
@@ -19,17 +19,21 @@ Generate = Callable[[PromptText, SamplingParams], Awaitable[list[Generation]]]
 async def stop_and_continue(
     generate: Generate, count_tokens: Callable[[str], int], prompt: PromptText, params: SamplingParams
 ) -> list[Generation]:
-    """Samples of `params` in which the results of annotations are ours; their tokens count as the sample's."""
+    """Samples of `params` in which the results of annotations are ours; their tokens count as the sample's.
+
+    An engine may give text behind the "=" too: one that ignores stop strings, or looks for another one first.
+    """
     plain = replace(params, calculator=False, stop=(*params.stop, "="))
 
     async def finish(first: Generation) -> Generation:
         text, tokens, logprob, last = "", 0, 0.0, first
         while True:
+            filled = filled_in(text + last.text, len(text))
             text, tokens, logprob = text + last.text, tokens + last.tokens, logprob + last.logprob
-            if last.stop != "=":
+            if filled is not None:
+                text, tokens = filled, tokens + count_tokens(filled[filled.rindex("=") + 1 :])
+            elif last.stop != "=":
                 return replace(last, text=text, tokens=tokens, logprob=logprob)
-            result = completion(text) or ""
-            text, tokens = text + result, tokens + (count_tokens(result) if result else 0)
             left = params.max_tokens - tokens
             if left < 1:
                 return Generation(text, tokens, logprob, stop=None, cut_off=True)

@@ -141,8 +141,7 @@ class VllmPolicy(_VllmModel):
     async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
         """Return `params.n` samples. Greedy samples are all alike, so one is generated and repeated."""
         if params.calculator:
-            count = lambda text: len(self._encoder.encode([text]))  # noqa: E731
-            return await stop_and_continue(self.generate, count, prompt, params)
+            return await stop_and_continue(self.generate, self._count_tokens, prompt, params)
         ids = self._encoder.encode(prompt.segments)
         self._check_length(ids, room=1)
         adapter = None
@@ -169,6 +168,9 @@ class VllmPolicy(_VllmModel):
         generated = sum(sample.tokens for sample in samples)
         self.usage.add(Usage(generated_tokens=generated, prompt_tokens=len(ids), engine_calls=1))
         return samples if n == params.n else samples * params.n
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self._encoder.within(text))
 
     async def load_adapter(self, name: str, folder: str | Path) -> None:
         """Load the LoRA adapter in `folder` under `name`; a later one of the same name takes its place.

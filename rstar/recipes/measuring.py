@@ -46,9 +46,16 @@ def problem_trees(folder: Path) -> Iterator[list[Tree]]:
         yield [read_frame(ref) for ref in group]
 
 
-def unsolved(problems: Iterable[Problem], folder: Path) -> list[Problem]:
-    """The problems for which no finished tree of a folder has a correct answer."""
+def unsolved(problems: Iterable[Problem], folder: Path, revision: int = 0) -> list[Problem]:
+    """The problems for which no finished tree of a folder has a correct answer.
+
+    `revision`, where it is not 0: of a search that takes up unsolved problems' trees again. A problem of which one tree
+    has reached it was unsolved when that search began, so it stays on the list until all its trees are there.
+    """
     solved = {trees[0].problem.id for trees in problem_trees(folder) if any(tree.solved for tree in trees)}
+    if revision:
+        taken_up = (name for name, ref in index(folder).items() if ref.revision >= revision)
+        solved -= {name.rpartition("#")[0] for name in taken_up}
     return [problem for problem in problems if problem.id not in solved]
 
 

@@ -10,7 +10,7 @@ the last search with their most frequent answer and its share, so that a person 
 Deviations from the paper (P) or the official code (C), and choices where P is silent, each with its switch:
 
 D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0 and visits 1.5 of 12 root branches of a
-    toy tree: search.unvisited_first=false.
+    toy tree: search.unvisited_first=false. Equal scores go by PPM value, then creation order; C takes the first.
 D2  a child's PPM value counts as its first visit, as in C; P's Eq. 3 does not count it: search.ppm_prior_visits=0.
 D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once.
     C leaves such a -1 on the node: search.back_up_dead_ends=false.
@@ -220,7 +220,8 @@ def search(
         before = here.round.root / f"round_{here.round.number - 1:02d}"
         search_passes(job, [some], cluster, f"round {here.round.number} {name}", before=before)
 
-    grow(job, unsolved(pool, folder) if unsolved_only else pool, "search")
+    revision = job.passes[0].revision
+    grow(job, unsolved(pool, folder, revision) if unsolved_only else pool, "search")
     if again := second_pass(search):
         had = {name.rpartition("#")[0] for name in index(folder) if name.endswith(f"#{again.seeds[0]}")}
         had |= {problem.id for problem in unsolved(pool, folder)}

@@ -239,7 +239,12 @@ class SearchWorker:
         return replace(summary, up=self._busy.seconds, busy=self._busy.share, restarted=failed - known)
 
     async def trees(self, item: WorkItem) -> list[Tree]:
-        """As search_problem, but the trees themselves."""
+        """As search_problem, but the trees themselves.
+
+        Whether an escalation was due is read from all trees, finished ones too: one that has more rollouts than a
+        target shows that the problem was unsolved there, or that a search that is continued had gone beyond it. So a
+        search that was killed at any write takes the decisions of one that was not.
+        """
         one = self.job.passes[item.pass_index]
         section = one.search
         trees = [await self._tree(item, seed) for seed in section.seeds]
@@ -248,7 +253,7 @@ class SearchWorker:
         growing = [Expander(tree, tools, sampling) for tree in trees if not tree.complete]
         for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
             await together(*(self._grow(expander, item, target) for expander in growing))
-            further = any(expander.tree.rollouts_done > target for expander in growing)  # resumed: it was unsolved here
+            further = any(tree.rollouts_done > target for tree in trees)
             if one.test_time or (any(tree.solved for tree in trees) and not further):
                 break
         for expander in growing:
@@ -278,17 +283,11 @@ class SearchWorker:
     async def _grow(self, expander: Expander, item: WorkItem, target: int) -> None:
         section = self.job.passes[item.pass_index].search
         check_search(section)
-        writer = self._writers[item.pass_index]
-
-        def checkpoint(tree: Tree) -> None:
-            if section.checkpoint_rollouts and tree.rollouts_done % section.checkpoint_rollouts == 0:
-                writer.append(tree)
-
         match section.method:
             case "mcts":
                 unvisited = math.inf if section.unvisited_first else 0.0
                 mcts = Mcts(expander, c=section.c, selection=section.selection, unvisited=unvisited)
-                await mcts.search(target, in_flight=section.rollouts_in_flight, on_rollout=checkpoint)
+                await self._walk(mcts, item, target)
             case "sample" | "beam" | "dvts" | "flow" if expander.tree.root.expanded:
                 pass  # nothing to add to a descent that has been made
             case "sample":
@@ -303,6 +302,17 @@ class SearchWorker:
                 await dvts(expander, section.beam_width // section.candidates)
             case other:
                 raise UserError(f"search.method={other}", need="mcts, beam, dvts, sample or flow")
+
+    async def _walk(self, mcts: Mcts, item: WorkItem, target: int) -> None:
+        """Grow a tree to `target` rollouts and save it on the way, where no walk is in flight: what a resumed search
+        goes on from is what the search itself went on from."""
+        section, tree = self.job.passes[item.pass_index].search, mcts.tree
+        every = section.checkpoint_rollouts or target
+        while tree.rollouts_done < target and not tree.root.exhausted:
+            stop = min(target, (tree.rollouts_done // every + 1) * every)
+            await mcts.search(stop, in_flight=section.rollouts_in_flight)
+            if section.checkpoint_rollouts and tree.rollouts_done % every == 0:
+                self._writers[item.pass_index].append(tree)
 
     async def _tree(self, item: WorkItem, seed: int) -> Tree:
         one = self.job.passes[item.pass_index]

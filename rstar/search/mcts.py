@@ -1,8 +1,8 @@
 """Monte Carlo tree search over solution steps (rStar-Math section 3.2).
 
 A rollout is one walk from the root that expands as it goes, until an expansion yields a terminal. A search is
-`rollouts` walks, ended early when nothing is left to select. Several walks of one tree may be in flight; each counts as
-one visit of value -1 on every node of its path while it lasts (virtual loss).
+`rollouts` walks, ended early when nothing is left to select. Several walks of one tree may be in flight; for the others
+each counts as one visit of value -1 on every node of its path while it lasts (virtual loss).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rstar.search.expand import Expander
 from rstar.search.together import together
@@ -21,20 +21,30 @@ from rstar.types import TerminalReason
 def uct(node: Node, parent: Node, c: float, unvisited: float = math.inf) -> float:
     """UCT(s) = Q(s) + c sqrt(ln max(1, N_parent) / N_s) (rStar-Math Eq. 1); `unvisited` at N_s = 0.
 
-    Walks in flight count as visits of value -1. The official code scores an unvisited child 0 (deviation D1).
+    Other walks in flight count as visits of value -1; see others_at for the parent's. The official code scores an
+    unvisited child 0 (deviation D1).
     """
     n = node.visit_count + node.virtual_losses
     if n == 0:
         return unvisited
-    n_parent = max(1, parent.visit_count + parent.virtual_losses)
+    n_parent = max(1, parent.visit_count + others_at(parent))
     return (node.value_sum - node.virtual_losses) / n + c * math.sqrt(math.log(n_parent) / n)
 
 
 def puct(node: Node, parent: Node, c: float, prior: float) -> float:
-    """PUCT(s) = Q(s) + c P(s) sqrt(N_parent) / (1 + N_s), with the policy's sequence prior P in [0, 1]."""
+    """PUCT(s) = Q(s) + c P(s) sqrt(N_parent) / (1 + N_s), with the policy's sequence prior P in [0, 1].
+
+    Q = 0 at N_s = 0. Other walks in flight count as in uct.
+    """
     n = node.visit_count + node.virtual_losses
     q = (node.value_sum - node.virtual_losses) / n if n else 0.0
-    return q + c * prior * math.sqrt(max(1, parent.visit_count + parent.virtual_losses)) / (1 + n)
+    return q + c * prior * math.sqrt(max(1, parent.visit_count + others_at(parent))) / (1 + n)
+
+
+def others_at(parent: Node) -> int:
+    """Virtual losses of other walks on the node where a walk stands; its own, which is not among its children's yet,
+    is no evidence for it. Where no walk stands there are none."""
+    return max(0, parent.virtual_losses - 1)
 
 
 def sequence_priors(nodes: Sequence[Node]) -> list[float]:
@@ -45,14 +55,18 @@ def sequence_priors(nodes: Sequence[Node]) -> list[float]:
 
 
 def select(tree: Tree, node: Node, *, c: float, selection: str = "uct", unvisited: float = math.inf) -> Node:
-    """The live, unexhausted child of `node` with the highest score; ties go to the one created first."""
+    """The live, unexhausted child of `node` with the highest score.
+
+    Ties go to the higher PPM value (0 where there is none), then to the child created first.
+    """
     children = tree.selectable(node)
     if selection == "puct":
         priors = sequence_priors(children)
         scores = [puct(child, node, c, prior) for child, prior in zip(children, priors, strict=True)]
     else:
         scores = [uct(child, node, c, unvisited) for child in children]
-    return children[max(range(len(children)), key=lambda i: (scores[i], -i))]
+    ranked = zip(scores, children, strict=True)
+    return max(ranked, key=lambda entry: (entry[0], entry[1].ppm_value or 0.0, -entry[1].id))[1]
 
 
 class Mcts:
@@ -65,10 +79,8 @@ class Mcts:
         self.c, self.selection, self.unvisited = c, selection, unvisited
         self._expanding: dict[int, asyncio.Event] = {}
 
-    async def search(
-        self, rollouts: int, *, in_flight: int = 1, on_rollout: Callable[[Tree], None] | None = None
-    ) -> None:
-        """Walk until `tree.rollouts_done` reaches `rollouts`, or the root is exhausted."""
+    async def search(self, rollouts: int, *, in_flight: int = 1) -> None:
+        """Walk until `tree.rollouts_done` reaches `rollouts`, or the root is exhausted; then no walk is in flight."""
         started, begun = self.tree.rollouts_done, time.monotonic()
         seconds_before = self.tree.seconds
 
@@ -79,8 +91,6 @@ class Mcts:
                 await self.rollout()
                 self.tree.rollouts_done += 1
                 self.tree.seconds = seconds_before + time.monotonic() - begun
-                if on_rollout is not None:
-                    on_rollout(self.tree)
 
         await together(*(walker() for _ in range(min(in_flight, max(0, rollouts - started)))))
 
