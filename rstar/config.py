@@ -291,7 +291,9 @@ class VerifierSection(TrainSection):
 
     epochs: NonNegative = 1
     learning_rate: NonNegative = 1e-5
-    init: str = "generator"  # generator, base, or a model folder or hub id of another size
+    init: str = field(
+        default="generator", metadata=INPUT
+    )  # generator, base, or a model folder or hub id of another size
     level: Literal["token", "solution"] = (
         "token"  # token: a value after every token of a solution; solution: after its last one
     )
@@ -599,6 +601,12 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_json(one) for one in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def only(section: T, *names: str) -> T:
+    """The section with all settings but these at their defaults: what a stage reads of it."""
+    plain: Any = type(section)()
+    return cast(T, dataclasses.replace(plain, **{name: getattr(section, name) for name in names}))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

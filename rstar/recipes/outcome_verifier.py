@@ -36,7 +36,7 @@ V12 an optimizer step holds whole problems up to its size, so that their questio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,21 @@ from rstar.config import (
     TrainSection,
     VerifierSection,
     for_round,
-    to_dict,
+    only,
 )
 from rstar.extract.outcomes import outcome_rows
 from rstar.machine import check_peft
-from rstar.manifest import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.problems import ProblemSet, load_problems
-from rstar.recipes.base_model import absolute, check_base, start_checkpoint, start_of
-from rstar.recipes.measuring import finished_eval, problem_trees, search_passes, tree_counts
+from rstar.recipes.base_model import absolute, check_base, checkpoint, start_model
+from rstar.recipes.measuring import problem_trees, search_passes, tree_counts, write_evaluation
 from rstar.recipes.rows import reference_rows
-from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
-from rstar.recipes.training import fine_tune
+from rstar.recipes.training import check_loads_checkpoints, fine_tune
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import TrainingProgress
+from rstar.run import Artifact, Counts, Here, Recipe, Run
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import shards, write_rows
+from rstar.tokens import question_wrapper
 from rstar.types import OutcomeRow, Problem, SftRow, UserError
 
 
@@ -113,20 +113,257 @@ class Config:
     rounds: dict[str, Any] = field(default_factory=dict)
 
 
-def stages(config: Config, number: int) -> list[Stage]:
-    """The stages of round `number` in order."""
-    run = run_dir(config.run)
-    config = for_round(config, number)
-    if number == 0:
-        trained = [_fine_tuning_stage(config, run, epochs) for epochs in _epochs(config)]
-        return [_base_stage(config, run), *trained, _baseline_stage(config, run)]
-    drawn = [_search_stage(config, run), _candidates_stage(config, run)] if number == 1 else []
-    return [*drawn, *(make(config, run, number) for make in (_extract_stage, _verifier_stage, _eval_stage))]
+def outcome_verifier(run: Run, config: Config) -> None:
+    """Fine-tune generators; then label completions, train a verifier and rank candidates, once for each variant."""
+    c = for_round(config, 0)
+    start, where = run.round(0, c), (c.engine, c.sandbox, c.cluster)
+    references = start.stage(write_references, c.model, c.problems, c.search.form, c.sandbox, c.run.seed, name="base")
+    models: dict[float, Artifact] = {}
+    for epochs in epochs_measured(c):
+        name = "policy" if epochs == c.sft.epochs else f"epochs-{epochs:02g}"
+        sft = replace(c.sft, epochs=epochs)
+        models[epochs] = start.stage(train_generator, sft, references, c.model, c.run.seed, name=name)
+    generator = models[c.sft.epochs]
+    tested = (only(c.eval, "problems", "epochs", "epoch_samples"), sampling(c.search), c.problems, c.model)
+    start.stage(evaluate_epochs, *tested, c.sft.epochs, tuple(models.values()), *where, name="eval")
+    for rnd, c in run.rounds(config):
+        where = (c.engine, c.sandbox, c.cluster)
+        if rnd.number == 1:
+            drawn = (c.search, c.problems, c.model, generator, *where)
+            completions = rnd.stage(draw_completions, *drawn, name="search")
+            drawn = (sampling(c.search), c.problems, c.model, generator, *where)
+            candidates = rnd.stage(draw_candidates, only(c.eval, "problems", "completions"), *drawn, name="candidates")
+        outcomes = rnd.stage(label_outcomes, c.outcomes, c.problems, completions, name="extract")
+        init = {"generator": generator, "base": references}.get(c.verifier.init)
+        verifier = rnd.stage(
+            train_verifier, c.verifier, outcomes, references, init, c.model, c.run.seed, name="verifier"
+        )
+        tested = (only(c.eval, "problems", "sizes", "voters"), sampling(c.search), c.problems, c.model)
+        rnd.stage(rank_candidates, *tested, verifier, candidates, generator, *where, name="eval")
+
+
+def epochs_measured(config: Config) -> list[float]:
+    """Every number of epochs that a model is fine-tuned for, the generator's among them."""
+    return sorted({config.sft.epochs, *map(float, config.eval.epochs)})
+
+
+def sampling(search: SearchSection) -> SearchSection:
+    """What a measurement reads of the search settings: how a completion is drawn, not how many."""
+    read = ("method", "form", "calculator", "temperature", "top_p", "max_depth", "max_step_tokens", "trees_in_flight")
+    return only(search, *read)
+
+
+# -- round 0: the generator, and fine-tuning alone -------------------------------------------------------------------
+
+
+def write_references(
+    here: Here, model: ModelSection, problems: ProblemsSection, search_form: str, sandbox: SandboxSection, run_seed: int
+) -> Counts:
+    """The rows of the reference solutions, and the base model where it is a new one."""
+    file = here.output("sft.jsonl")
+    base, pool = start_model(here, model, run_seed), load_problems(problems).train
+    rows = reference_rows(pool, search_form, sandbox, question_wrapper(base, model), annotated=True)
+    return {"base": base, "rows": write_rows(file, rows), "problems": len(pool)}
+
+
+def base_of(references: Artifact, model: ModelSection) -> str:
+    """The model that is fine-tuned: the base stage's own, or what `model.base` names."""
+    return checkpoint(replace(references, path=references.folder / "start"), model)
+
+
+def train_generator(here: Here, sft: TrainSection, references: Artifact, model: ModelSection, run_seed: int) -> Counts:
+    """Fine-tune the base on the reference solutions for so many epochs (V6)."""
+    output, title = here.output(here.stage), f"fine-tuning, {sft.epochs:g} epochs"
+    return fine_tune(references.path, base_of(references, model), output, sft, run_seed, title)
+
+
+def evaluate_epochs(
+    here: Here,
+    eval: VerificationSection,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    sft_epochs: float,
+    models: tuple[Artifact, ...],
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """test@1 at temperature 0 (and test@N) of fine-tuning alone, by epochs."""
+    here.resume(here.round.eval)
+    heldout = heldout_problems(problems, eval)
+    methods: dict[str, Any] = {}
+    series: dict[str, list[list[float]]] = {}
+    shown: list[Path] = []
+    for epochs, trained in zip(sorted({sft_epochs, *map(float, eval.epochs)}), models, strict=True):
+        ways = {"greedy": replace(search, rollouts=1, temperature=0.0)}
+        if eval.epoch_samples:
+            ways["sample"] = replace(search, rollouts=eval.epoch_samples)
+        folders = {name: here.round.eval / f"{epochs:02g}" / name for name in ways}
+        passes = [SearchPass(folders[name].resolve(), one, test_time=True) for name, one in ways.items()]
+        job = search_job(passes, model, trained.path, engine, sandbox)
+        search_passes(job, [heldout] * len(passes), cluster, f"{epochs:g} epochs")
+        for name, folder in folders.items():
+            one = evaluated(folder, sandbox, oracle_only=True)
+            (measure,) = one["measures"].values()
+            label = "test@1 (greedy)" if name == "greedy" else f"test@{eval.epoch_samples}"
+            series.setdefault(label, []).append([epochs, measure["mean"], measure["low"], measure["high"]])
+            key = "accuracy" if name == "greedy" else label
+            methods[f"{name}, {epochs:g} epochs"] = {**one, "measures": {key: measure}}
+            shown.append(folder)
+    best = f"greedy, {eval.epochs[-1]} epochs"  # the baseline of the tables
+    methods["greedy"] = methods.pop(best)
+    curves = [curve("Fine-tuning alone, % of held-out problems", "epochs", series)]
+    return write_evaluation(here, methods, shown, curves=curves)
+
+
+# -- round 1: completions --------------------------------------------------------------------------------------------
+
+
+def draw_completions(
+    here: Here,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    generator: Artifact,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """The generator's completions of the training problems, graded."""
+    here.resume(here.round.trees)
+    pool, folder = load_problems(problems).train, here.round.trees
+    job = search_job([SearchPass(folder.resolve(), search)], model, generator.path, engine, sandbox)
+    search_passes(job, [pool], cluster, "completions")
+    here.outputs.extend(shards(folder))
+    return tree_counts(pool, folder)
+
+
+def draw_candidates(
+    here: Here,
+    eval: VerificationSection,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    generator: Artifact,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """The completions of the held-out problems that every round's verifier ranks."""
+    folder = candidates_folder(here.round.path)
+    here.resume(folder)
+    one = replace(search, rollouts=eval.completions)
+    heldout = heldout_problems(problems, eval)
+    job = search_job([SearchPass(folder.resolve(), one, test_time=True)], model, generator.path, engine, sandbox)
+    search_passes(job, [heldout], cluster, "candidates")
+    here.outputs.extend(shards(folder))
+    return tree_counts(heldout, folder)
+
+
+def candidates_folder(round_folder: Path) -> Path:
+    return round_folder / "eval" / "candidates"
+
+
+def search_job(
+    passes: Sequence[SearchPass],
+    model: ModelSection,
+    policy: Path,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    *,
+    verifier: str = "",
+) -> SearchJob:
+    return SearchJob(
+        passes=tuple(passes), engine=engine, sandbox=sandbox, model=model, policy=absolute(str(policy)),
+        ppm=absolute(verifier) if verifier else "", recipe="outcome_verifier",
+    )  # fmt: skip
+
+
+# -- a verifier ------------------------------------------------------------------------------------------------------
+
+
+def label_outcomes(here: Here, outcomes: OutcomesSection, problems: ProblemsSection, completions: Artifact) -> Counts:
+    """Rows of the completions with their labels: whether the final answer is right."""
+    pool = load_problems(problems).train[: outcomes.problems or None]
+    kept, counts = {problem.id for problem in pool}, {"rows": 0, "samples": 0.0, "correct": 0.0}
+
+    def rows() -> Iterator[OutcomeRow]:
+        for trees in problem_trees(completions.folder):
+            for tree in trees:
+                for row in outcome_rows(tree, samples=outcomes.completions) if tree.problem.id in kept else ():
+                    counts["samples"] += row.weight
+                    counts["correct"] += row.weight * row.label
+                    yield row
+
+    counts["rows"] = write_rows(here.output("outcomes.jsonl"), rows())
+    if not 0 < counts["correct"] < counts["samples"]:
+        raise UserError(
+            f"{counts['correct']:g} of {counts['samples']:g} finished completions are correct",
+            need="right and wrong ones", how="train the generator longer, draw more, or take easier problems",
+        )  # fmt: skip
+    return {**counts, "problems": len(pool)}
+
+
+def train_verifier(
+    here: Here,
+    verifier: VerifierSection,
+    outcomes: Artifact,
+    references: Artifact,
+    init: Artifact | None,
+    model: ModelSection,
+    run_seed: int,
+) -> Counts:
+    """Train the verifier, from the generator, the base, or the model that `verifier.init` names."""
+    from rstar.training.data import read_rows
+    from rstar.training.verifier import train_verifier
+
+    if init is None:
+        body = verifier.init
+    else:
+        body = base_of(references, model) if verifier.init == "base" else str(init.path)
+    rows, solutions = read_rows(outcomes.path, OutcomeRow), read_rows(references.path, SftRow)
+    with TrainingProgress(here.title) as progress:
+        result = train_verifier(
+            rows, solutions, body, here.output("verifier"), verifier, seed=run_seed, on_progress=progress
+        )
+    return {"rows": len(rows), **asdict(result)}
+
+
+def rank_candidates(
+    here: Here,
+    eval: VerificationSection,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    verifier: Artifact,
+    candidates: Artifact,
+    generator: Artifact,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """Best of n by the verifier among the candidates, beside votes and the best possible choice."""
+    folder = here.round.eval / "verifier"
+    here.resume(folder)
+    found = SearchPass(folder.resolve(), search, test_time=True, trees=candidates_folder(candidates.folder))
+    job = search_job([found], model, generator.path, engine, sandbox, verifier=str(verifier.path))
+    search_passes(job, [heldout_problems(problems, eval)], cluster, f"round {here.round.number} ranking")
+    one = evaluated(folder, sandbox, voters=eval.voters, sizes=eval.sizes)
+    curves = one.pop("curves")
+    return write_evaluation(here, {"verifier": one}, [folder], curves=curves)
+
+
+def heldout_problems(problems: ProblemsSection, eval: VerificationSection) -> tuple[Problem, ...]:
+    return load_problems(problems).heldout[: eval.problems or None]
+
+
+# -- what can be checked before ---------------------------------------------------------------------------------------
 
 
 def check_settings(config: Config) -> None:
-    """What `check` finds in the settings alone, without a file. Raises UserError."""
-    serves_checkpoints(config.engine)
+    """Find mistakes in the settings alone, without a file. Raises UserError."""
+    check_loads_checkpoints(config.engine)
     if config.search.method != "sample" or config.search.form == "stated":
         raise UserError("search.method or search.form", need="sample; text or steps")
     if not config.eval.epochs or len(config.eval.voters) < 2:
@@ -141,224 +378,8 @@ def check(config: Config) -> ProblemSet:
         raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
     if config.sft.lora_rank or config.verifier.lora_rank:
         check_peft()
-    check_base(config)
+    check_base(config.model, config.run)
     return problems
 
 
-# -- round 0: the generator, and fine-tuning alone -------------------------------------------------------------------
-
-
-def _base_stage(config: Config, run: RunDir) -> Stage:
-    here = run.round(0)
-    settings = {"model": to_dict(config.model), "problems": to_dict(config.problems)}
-    settings["search"] = {"form": config.search.form}
-
-    def work() -> StageResult:
-        (base, outputs), problems = start_of(config, run), load_problems(config.problems).train
-        count = write_rows(here.sft, reference_rows(config, base, problems, annotated=True))
-        return StageResult((here.sft, *outputs), {"base": base, "rows": count, "problems": len(problems)})
-
-    return Stage(here, "base", settings, lambda: files_read(config.problems, config.model), work)
-
-
-def _epochs(config: Config) -> list[float]:
-    """Every number of epochs that a model is fine-tuned for, the generator's among them."""
-    return sorted({config.sft.epochs, *map(float, config.eval.epochs)})
-
-
-def _model(config: Config, run: RunDir, epochs: float) -> tuple[str, Path]:
-    """Stage and folder of the model that was fine-tuned so long; the generator is the round's policy."""
-    here = run.round(0)
-    if epochs == config.sft.epochs:
-        return "policy", here.policy
-    return f"epochs-{epochs:02g}", here.path / f"epochs-{epochs:02g}"
-
-
-def _fine_tuning_stage(config: Config, run: RunDir, epochs: float) -> Stage:
-    here, section = run.round(0), replace(config.sft, epochs=epochs)
-    name, output = _model(config, run, epochs)
-
-    def work() -> StageResult:
-        start, title = start_checkpoint(config, run), f"fine-tuning, {section.epochs:g} epochs"
-        result = fine_tune(here.sft, start, output, section, config.run.seed, title)
-        return StageResult((output,), result)
-
-    settings = {"sft": to_dict(section), "run": seed_of(config.run)}
-    return Stage(here, name, settings, lambda: {"base": input_digest(here, "base")}, work)
-
-
-def _baseline_stage(config: Config, run: RunDir) -> Stage:
-    """test@1 at temperature 0 (and test@N) of fine-tuning alone, by epochs."""
-    here, section = run.round(0), config.eval
-
-    def work() -> StageResult:
-        methods: dict[str, Any] = {}
-        series: dict[str, list[list[float]]] = {}
-        shown: list[Path] = []
-        for epochs in _epochs(config):
-            passes = {"greedy": replace(config.search, rollouts=1, temperature=0.0)}
-            if section.epoch_samples:
-                passes["sample"] = replace(config.search, rollouts=section.epoch_samples)
-            folders = {name: here.eval / f"{epochs:02g}" / name for name in passes}
-            found = [SearchPass(folders[name].resolve(), one, test_time=True) for name, one in passes.items()]
-            _search(config, str(_model(config, run, epochs)[1]), found, _heldout(config), f"{epochs:g} epochs")
-            for name, folder in folders.items():
-                one = evaluated(folder, config.sandbox, oracle_only=True)
-                (measure,) = one["measures"].values()
-                label = "test@1 (greedy)" if name == "greedy" else f"test@{section.epoch_samples}"
-                series.setdefault(label, []).append([epochs, measure["mean"], measure["low"], measure["high"]])
-                key = "accuracy" if name == "greedy" else label
-                methods[f"{name}, {epochs:g} epochs"] = {**one, "measures": {key: measure}}
-                shown += shards(folder)
-        best = f"greedy, {section.epochs[-1]} epochs"  # the baseline of the tables
-        methods["greedy"] = methods.pop(best)
-        curves = [curve("Fine-tuning alone, % of held-out problems", "epochs", series)]
-        return finished_eval(here, methods, shown, curves=curves)
-
-    def inputs() -> dict[str, str]:
-        return {name: input_digest(here, name) for name, _ in (_model(config, run, e) for e in _epochs(config))}
-
-    settings = _eval_settings(config, "problems", "epochs", "epoch_samples")
-    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(here.eval,))
-
-
-# -- round 1: completions --------------------------------------------------------------------------------------------
-
-
-def _search_stage(config: Config, run: RunDir) -> Stage:
-    here = run.round(1)
-    settings = {name: to_dict(getattr(config, name)) for name in ("search", "problems", "model")}
-    settings["engine"] = {"kind": config.engine.kind}
-
-    def work() -> StageResult:
-        pool = load_problems(config.problems).train
-        _search(config, str(run.round(0).policy), [SearchPass(here.path.resolve(), config.search)], pool, "completions")
-        return StageResult(tuple(shards(here.path)), tree_counts(pool, here.path))
-
-    return Stage(here, "search", settings, lambda: {"policy": input_digest(run.round(0), "policy")}, work, resumes=True)
-
-
-def _candidates_stage(config: Config, run: RunDir) -> Stage:
-    """The completions of the held-out problems that every round's verifier ranks."""
-    here = run.round(1)
-    folder = here.eval / "candidates"
-
-    def work() -> StageResult:
-        one = replace(config.search, rollouts=config.eval.completions, escalate=[], seeds=[0])
-        heldout = _heldout(config)
-        _search(
-            config, str(run.round(0).policy), [SearchPass(folder.resolve(), one, test_time=True)], heldout, "candidates"
-        )
-        return StageResult(tuple(shards(folder)), tree_counts(heldout, folder))
-
-    settings = _eval_settings(config, "problems", "completions")
-    return Stage(
-        here, "candidates", settings, lambda: {"policy": input_digest(run.round(0), "policy")}, work, resumes=True,
-        trees=(folder,),
-    )  # fmt: skip
-
-
-def _search(
-    config: Config, policy: str, passes: list[SearchPass], problems: Any, name: str, *, verifier: str = ""
-) -> None:
-    job = SearchJob(
-        passes=tuple(passes),
-        engine=config.engine,
-        sandbox=config.sandbox,
-        model=config.model,
-        policy=absolute(policy),
-        ppm=absolute(verifier) if verifier else "",
-        recipe=config.recipe,
-    )
-    search_passes(job, [problems] * len(passes), config.cluster, name)
-
-
-# -- a verifier ------------------------------------------------------------------------------------------------------
-
-
-def _outcomes(here: RoundDir) -> Path:
-    return here.path / "outcomes.jsonl"
-
-
-def _extract_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, section = run.round(number), config.outcomes
-
-    def work() -> StageResult:
-        pool = load_problems(config.problems).train[: section.problems or None]
-        kept, counts = {problem.id for problem in pool}, {"rows": 0, "samples": 0.0, "correct": 0.0}
-
-        def rows() -> Iterator[OutcomeRow]:
-            for trees in problem_trees(run.round(1).trees):
-                for tree in trees:
-                    for row in outcome_rows(tree, samples=section.completions) if tree.problem.id in kept else ():
-                        counts["samples"] += row.weight
-                        counts["correct"] += row.weight * row.label
-                        yield row
-
-        counts["rows"] = write_rows(_outcomes(here), rows())
-        if not 0 < counts["correct"] < counts["samples"]:
-            raise UserError(
-                f"{counts['correct']:g} of {counts['samples']:g} finished completions are correct",
-                need="right and wrong ones", how="train the generator longer, draw more, or take easier problems",
-            )  # fmt: skip
-        return StageResult((_outcomes(here),), {**counts, "problems": len(pool)})
-
-    settings = {"outcomes": to_dict(section)}
-    return Stage(here, "extract", settings, lambda: {"trees": input_digest(run.round(1), "search")}, work)
-
-
-def _verifier_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, section = run.round(number), config.verifier
-    start = {"generator": "policy", "base": "base"}.get(section.init)
-
-    def inputs() -> dict[str, str]:
-        read = {"rows": input_digest(here, "extract"), "references": input_digest(run.round(0), "base")}
-        return read | ({"init": input_digest(run.round(0), start)} if start else {})
-
-    def work() -> StageResult:
-        from rstar.training.data import read_rows
-        from rstar.training.verifier import train_verifier
-
-        bodies = {"generator": str(run.round(0).policy), "base": start_checkpoint(config, run)}
-        body = bodies.get(section.init, section.init)
-        rows, references = read_rows(_outcomes(here), OutcomeRow), read_rows(run.round(0).sft, SftRow)
-        with TrainingProgress(f"round {number} verifier") as progress:
-            result = train_verifier(
-                rows, references, body, here.path / "verifier", section, seed=config.run.seed, on_progress=progress
-            )
-        return StageResult((here.path / "verifier",), {"rows": len(rows), **asdict(result)})
-
-    return Stage(here, "verifier", {"verifier": to_dict(section), "run": seed_of(config.run)}, inputs, work)
-
-
-def _eval_stage(config: Config, run: RunDir, number: int) -> Stage:
-    here, section = run.round(number), config.eval
-    folder = here.eval / "verifier"
-
-    def work() -> StageResult:
-        candidates = (run.round(1).eval / "candidates").resolve()
-        found = [SearchPass(folder.resolve(), config.search, test_time=True, trees=candidates)]
-        verifier = str(here.path / "verifier")
-        _search(config, str(run.round(0).policy), found, _heldout(config), f"round {number} ranking", verifier=verifier)
-        one = evaluated(folder, config.sandbox, voters=section.voters, sizes=section.sizes)
-        return finished_eval(here, {"verifier": one}, shards(folder), curves=one.pop("curves"))
-
-    def inputs() -> dict[str, str]:
-        return {"verifier": input_digest(here, "verifier"), "candidates": input_digest(run.round(1), "candidates")}
-
-    settings = _eval_settings(config, "problems", "sizes", "voters")
-    return Stage(here, "eval", settings, inputs, work, resumes=True, trees=(folder,))
-
-
-def _eval_settings(config: Config, *keys: str) -> dict[str, Any]:
-    read = to_dict(config.eval)
-    return {
-        "eval": {key: read[key] for key in keys},
-        "problems": to_dict(config.problems),
-        "model": to_dict(config.model),
-        "search": {k: getattr(config.search, k) for k in ("form", "calculator", "temperature", "max_step_tokens")},
-    }
-
-
-def _heldout(config: Config) -> tuple[Problem, ...]:
-    return load_problems(config.problems).heldout[: config.eval.problems or None]
+RECIPE = Recipe(outcome_verifier, Config, check, check_settings)
