@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from rstar.config import ExtractSection, ModelSection, ProblemsSection, SandboxSection, SearchSection, WarmupSection
+from rstar.config import ExtractSection, ProblemsSection, SandboxSection, WarmupSection
 from rstar.extract.outcomes import outcome_rows
 from rstar.extract.preferences import capped, preference_rows
 from rstar.extract.q_values import q_rows
@@ -14,34 +14,27 @@ from rstar.problems import ProblemSet
 from rstar.problems.worked import solution_text
 from rstar.prompts import step_prompt
 from rstar.search.tree_operations import merge
-from rstar.tokens import question_wrapper
 from rstar.tree import Tree
 from rstar.types import Problem, PromptText, SftRow, UserError
 
 
-class Referring(Protocol):
-    """A recipe's config, as far as its reference solutions go."""
-
-    @property
-    def model(self) -> ModelSection: ...
-    @property
-    def problems(self) -> ProblemsSection: ...
-    @property
-    def sandbox(self) -> SandboxSection: ...
-    @property
-    def search(self) -> SearchSection: ...
-
-
 def reference_rows(
-    config: Referring, base: str, problems: Sequence[Problem], *, annotated: bool = False
+    problems: Sequence[Problem],
+    form: str,
+    sandbox: SandboxSection,
+    wrap: Callable[[str], str],
+    *,
+    annotated: bool = False,
 ) -> list[SftRow]:
-    """Reference solutions of problems in the form of search.form: in words, or the programs of those that have one."""
-    wrap = question_wrapper(base, config.model)
-    if config.search.form == "steps":
+    """Reference solutions of problems in the form of search.form: in words, or the programs of those that have one.
+
+    `wrap` makes a prompt of a question; `annotated` keeps the calculator annotations of solutions in words.
+    """
+    if form == "steps":
         from rstar.warmup import warmup_rows
 
         pool = ProblemSet(tuple(problems), ())
-        return warmup_rows(WarmupSection(source="pool"), config.problems, pool, config.sandbox, wrap)
+        return warmup_rows(WarmupSection(source="pool"), ProblemsSection(), pool, sandbox, wrap)
     return [
         reference_row(one, step_prompt(wrap(one.question), "text"), solution_text(one, annotated=annotated))
         for one in problems
