@@ -20,23 +20,27 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rstar import store
 from rstar.config import DpoSection, EngineSection
 from rstar.engines.base import ContextOverflow
 from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
-from rstar.manifest import RunDir
+from rstar.manifest import run_dir
 from rstar.prompts import split_stop_question
 from rstar.recipes import load_config
-from rstar.recipes.flow_figures import progressive_accuracy, progressive_curve
-from rstar.recipes.flow_parts import adapters_of, single_pass, stop_rows
-from rstar.recipes.judging import judge
-from rstar.recipes.online_dpo import read_stream, stream
+from rstar.recipes.flow_dpo import stop_rows
+from rstar.recipes.flow_dpo.compile import judge
+from rstar.recipes.flow_dpo.passes import single_pass
+from rstar.recipes.flow_dpo.stream import committed, read_stream, stream
+from rstar.recipes.flow_dpo.tables import progressive_accuracy, progressive_curve
 from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
+from rstar.run import Artifact, Recipe, Run, Stage
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.flow import flow
-from rstar.store import read_trees
+from rstar.store import TreeWriter, complete_or_absent, read_trees, shards
+from rstar.tokens import question_wrapper
 from rstar.training.dpo import AdapterTrainer, dpo_losses, encode_pair
 from rstar.tree import Tree
 from rstar.types import Generation, PreferenceRow, Problem, PromptText, SamplingParams, TerminalReason, UserError
@@ -241,11 +245,11 @@ def test_f4_f5_f6_switches_of_the_paper_are_the_defaults() -> None:
 
 
 def test_f8_single_model_and_flow_have_the_same_room(tmp_path: Path) -> None:
-    one = single_pass(config_of(), tmp_path).search
+    one = single_pass(config_of().search, tmp_path).search
     assert (one.max_depth, one.max_step_tokens, one.deviations, one.seeds) == (1, 48, False, [0])
-    drawn = single_pass(config_of(), tmp_path, samples=3).search
+    drawn = single_pass(config_of().search, tmp_path, samples=3).search
     assert (drawn.seeds, drawn.chain_temperature) == ([0, 1, 2], 1.0)
-    steps = single_pass(config_of("search.form=steps"), tmp_path).search
+    steps = single_pass(config_of("search.form=steps").search, tmp_path).search
     assert (steps.method, steps.temperature, steps.max_step_tokens) == ("sample", 0.0, 12)
 
 
@@ -253,6 +257,9 @@ def test_f8_single_model_and_flow_have_the_same_room(tmp_path: Path) -> None:
     "wrong",
     [
         "search.method=mcts",
+        "rounds.r2.search.method=mcts",
+        "search.form=stated",
+        "warmup.source=gsm8k",
         "engine.kind=openai",
         "flow.window=0",
         "compile.judged=3",
@@ -260,17 +267,17 @@ def test_f8_single_model_and_flow_have_the_same_room(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_a_model_is_loaded(wrong: str, tmp_path: Path) -> None:
-    module, config = load_config(str(ROOT / CONFIG), [wrong, f"run.dir={tmp_path}"])
+    recipe, config = load_config(str(ROOT / CONFIG), [wrong, f"run.dir={tmp_path}"])
     with pytest.raises(UserError):
-        module.check(config)
+        recipe.check(config)
 
 
 def test_f9_the_warm_up_says_yes_after_a_whole_solution_and_no_after_a_part(tiny_model: Path) -> None:
     one = Problem("sums/0", "State the final answer: 12 + 7 - 4 =", "15", "chain_sum")
-    config = config_of()
-    (solution,) = reference_rows(config, str(tiny_model), [one])
+    config, base = config_of(), str(tiny_model)
+    (solution,) = reference_rows([one], "text", config.sandbox, question_wrapper(base, config.model))
     assert solution.completion.splitlines()[1:] == ["subtract the next number: 19 - 4 = 15", "#### 15"]
-    yes, no = stop_rows(config, str(tiny_model), solution, one)
+    yes, no = stop_rows(base, config.model, solution, one)
     assert (yes.completion, no.completion) == ("Yes", "No")
     parts = ["".join(row.prompt_segments[1:-1]) for row in (yes, no)]
     assert parts[0] == solution.completion and parts[0].startswith(parts[1]) and 0 < len(parts[1]) < len(parts[0])
@@ -412,8 +419,8 @@ class Memory:
         return {"loss": 1.0, "step": float(sum(self.steps.values()))}
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "known.json").write_text(json.dumps([sorted(self.known), self.steps]))
+        with complete_or_absent(folder) as temporary:
+            (temporary / "known.json").write_text(json.dumps([sorted(self.known), self.steps]))
 
     def load(self, folder: Path) -> None:
         known, self.steps = json.loads((folder / "known.json").read_text())
@@ -421,16 +428,22 @@ class Memory:
 
 
 class Memorised:
-    """Searches with a model that solves exactly the problems its served checkpoint has learned from."""
+    """Searches with a model that solves exactly the problems its served checkpoint has learned from.
 
-    def __init__(self) -> None:
+    `stored`: the trees of earlier attempts by problem, which are not grown again; None: nothing is stored.
+    """
+
+    def __init__(self, stored: dict[str, Tree] | None = None) -> None:
         self.served: set[str] = set()
         self.searched: list[str] = []
+        self.stored = stored
 
     async def serve(self, folder: Path) -> None:
         self.served = set(json.loads((folder / "known.json").read_text())[0])
 
     async def search(self, one: Problem) -> Tree:
+        if self.stored and one.id in self.stored:
+            return self.stored[one.id]
         self.searched.append(one.id)
         known = one.id in self.served
 
@@ -438,12 +451,16 @@ class Memorised:
             return "Yes" if ASKED in prompt else f"answer: {int(known) if index == 0 else int(not known)}"
 
         tree = await asyncio.to_thread(grow, script)
-        tree.problem = one
+        tree.problem, tree.tree_id, tree.complete = one, f"{one.id}#0", True
+        if self.stored is not None:
+            self.stored[one.id] = tree
         return tree
 
 
-def run_stream(folder: Path, problems: Sequence[Problem], **options: Any) -> tuple[Memory, Memorised]:
-    learner, world = Memory(), Memorised()
+def run_stream(
+    folder: Path, problems: Sequence[Problem], stored: dict[str, Tree] | None = None, **options: Any
+) -> tuple[Memory, Memorised]:
+    learner, world = Memory(), Memorised(stored)
     asyncio.run(stream(problems, world.search, learner, world.serve, folder, **{"window": 1, "batch": 2, **options}))
     return learner, world
 
@@ -495,6 +512,75 @@ def test_what_a_kill_left_behind_is_cut_and_the_record_has_no_gap_and_no_double(
     assert world.searched == ["p4", "p5", "p6"] and [s["step"] for s in steps] == [1, 2, 3]
 
 
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def killing_at(number: int) -> Callable[[str, Path], None]:
+    """In place of store.reached: the process ends at that point of a write, counted from 0."""
+    points = iter(range(number + 1))
+
+    def reached(point: str, path: Path) -> None:
+        if next(points, None) == number:
+            raise Killed
+
+    return reached
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stream_that_is_killed_at_any_write_ends_with_the_record_of_one_that_never_was(
+    tmp_path: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"window": 2, "batch": 2, "overlap": overlap}
+    run_stream(tmp_path / "whole", SOME, **options)
+    whole = read_stream(tmp_path / "whole")
+    for kills in range(1000):
+        folder, stored = tmp_path / f"killed-{kills}", dict[str, Tree]()
+        monkeypatch.setattr(store, "reached", killing_at(kills))
+        try:
+            run_stream(folder, SOME, stored, **options)
+            break
+        except Killed:
+            run_stream(folder, SOME, stored, **options)
+        assert read_stream(folder) == whole and committed_trees(folder, stored) == 7
+    assert kills > 30
+
+
+def committed_trees(folder: Path, stored: dict[str, Tree]) -> int:
+    """`committed`, with the trees of a stream in a shard as a search worker leaves them."""
+    with TreeWriter(folder / "trees-w0.jsonl.zst") as writer:
+        for tree in stored.values():
+            writer.append(tree)
+    return committed(folder)
+
+
+def flip(path: Path) -> None:
+    """Damage a file without changing its size."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder, step: flip(folder / "stream.jsonl"),
+        lambda folder, step: (folder / "stream.jsonl").unlink(),
+        lambda folder, step: flip(step / "known.json"),
+        lambda folder, step: (step / "known.json").unlink(),
+        lambda folder, step: shards(folder)[0].unlink(),  # as a stage does that begins with other settings
+    ],
+)
+def test_a_commit_point_that_counts_what_is_damaged_or_missing_is_void_and_the_stream_begins_anew(
+    tmp_path: Path, damage: Callable[[Path, Path], None]
+) -> None:
+    stored = dict[str, Tree]()
+    run_stream(tmp_path, SOME[:4], stored)
+    assert committed_trees(tmp_path, stored) == 4
+    damage(tmp_path, tmp_path / json.loads((tmp_path / "stream.json").read_text())["checkpoint"])
+    assert committed(tmp_path) == 0 and not list(tmp_path.iterdir())
+
+
 def test_progressive_accuracy_of_the_golden_outcomes() -> None:
     found = progressive_accuracy([True, False, True, True])
     assert [round(value, 4) for value in found] == [1.0, 0.5, 0.6667, 0.75]
@@ -515,16 +601,29 @@ def test_a_judge_that_prefers_what_comes_first_gives_ties() -> None:
 # -- the whole recipe on a toy model ---------------------------------------------------------------------------------
 
 
+def execute(recipe: Recipe[Any], config: Any, rounds: int) -> None:
+    """Run the stages of rounds 0 to `rounds` in this process."""
+
+    def act(stage: Stage) -> Artifact:
+        if stage.round.number <= rounds:
+            stage.execute()
+        return stage.artifact()
+
+    recipe.function(Run(run_dir(config.run).path, act), config)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run whose stream was killed in its middle."""
     folder = tmp_path_factory.mktemp("runs") / "flow"
-    module, config = load_config(str(ROOT / CONFIG), [f"run.dir={folder}"])
-    module.check(config)
-    for stage in module.stages(config, 0):
-        stage.execute()
-    command = [sys.executable, "-m", "rstar", "stage", "1", "stream", CONFIG, f"run.dir={folder}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    recipe, config = load_config(str(ROOT / CONFIG), [f"run.dir={folder}"])
+    recipe.check(config)
+    execute(recipe, config, 0)
+    call = recipe.stages(config, 1)[0].start()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rstar", "stage", str(call)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     record = folder / "round_01" / "stream.json"
     deadline = time.monotonic() + 300
     while not record.exists():
@@ -532,26 +631,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    committed = json.loads(record.read_text())["problems"]
+    done = json.loads(record.read_text())["problems"]
     before = read_stream(record.parent)[0]
-    for number in (1, 2):
-        for stage in module.stages(config, number):
-            stage.execute()
-    assert committed in (4, 8) and read_stream(record.parent)[0][:committed] == before
+    execute(recipe, config, 2)
+    assert done in (4, 8) and read_stream(record.parent)[0][:done] == before
     return folder
 
 
 @pytest.mark.slow
 def test_the_stream_went_on_after_the_kill_without_gap_or_double_and_moved_both_adapters(run: Path) -> None:
-    predictions, steps = read_stream(run / "round_01")
+    here = run / "round_01"
+    predictions, steps = read_stream(here)
     assert [p.number for p in predictions] == list(range(12))
     assert [p.learned for p in predictions] == [0] * 4 + [4] * 4 + [8] * 4
     for role in ("answer", "stop"):
         numbers = [one["step"] for one in steps if one["adapter"] == role]
         assert numbers == list(range(1, len(numbers) + 1)) and numbers
-    assert len(list(read_trees(run / "round_01"))) == 12 and len(list((run / "round_01").glob("step-*"))) <= 2
+    assert len(list(read_trees(here))) == 12 and len(list(here.glob("step-*"))) <= 2
+    adapters = here / json.loads((here / "stream.json").read_text())["checkpoint"]
     for role in ("answer", "stop"):
-        found = load_file(adapters_of(RunDir(run)) / role / "adapter_model.safetensors")
+        found = load_file(adapters / role / "adapter_model.safetensors")
         assert any(value.abs().max() > 0 for name, value in found.items() if "lora_B" in name), role
 
 
@@ -574,16 +673,32 @@ def test_the_run_reports_curves_margins_and_arms_of_equal_size(run: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_run_again_and_another_window_is_refused(run: Path) -> None:
-    module, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}"])
-    assert all(stage.finished() for number in range(3) for stage in module.stages(config, number))
-    module, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}", "flow.window=2"])
-    with pytest.raises(UserError, match=r"flow\.window"):
-        module.stages(config, 1)[0].finished()
+def test_a_finished_run_is_not_run_again_and_refuses_the_settings_that_each_stage_has_read(run: Path) -> None:
+    def finished(*overrides: str) -> dict[str, bool]:
+        recipe, config = load_config(str(ROOT / CONFIG), [f"run.dir={run}", *overrides])
+        found = {}
+        for stage in recipe.planned(config):
+            try:
+                found[f"{stage.round.number} {stage.name}"] = stage.finished() is not None
+            except UserError as error:
+                assert all(one.partition("=")[0].split(".", 2)[-1] in str(error) for one in overrides), error
+                found[f"{stage.round.number} {stage.name}"] = False
+        return found
+
+    def refused(*overrides: str) -> list[str]:
+        return [name for name, done in finished(*overrides).items() if not done]
+
+    assert refused() == [] and len(finished()) == 10
+    assert refused("search.trees_in_flight=2", "engine.max_batch=3", "search.rollouts=5", "compile.judge.url=x") == []
+    assert refused("flow.window=2") == ["1 stream"]
+    assert refused("rounds.r2.sft.epochs=3") == ["2 policy-reference", "2 policy-self", "2 policy-flow"]
+    assert refused("sft.lora_alpha=3") == ["2 policy-reference", "2 policy-self", "2 policy-flow"]
+    assert refused("compile.problems=2") == ["2 extract"]
+    assert refused("compile.samples=3") == ["2 solutions"]
 
 
 def test_a_peft_that_transformers_refuses_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, config = load_config("configs/flow_dpo/tiny.yaml", [])
+    recipe, config = load_config("configs/flow_dpo/tiny.yaml", [])
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
     with pytest.raises(UserError, match=r"peft \d\S+ with transformers \d\S+; need peft 99.0 or newer"):
-        module.check(config)
+        recipe.check(config)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rstar.evaluation import Measure, bootstrap
 from rstar.extract.flow_pairs import flow_outcome, flow_pairs
 from rstar.recipes.verification import Curve, curve
 from rstar.report.results import measure, share
 from rstar.tree import Tree
+
+if TYPE_CHECKING:
+    from rstar.training.dpo import Margins
 
 POINTS = 12  # of a curve
 
@@ -54,20 +57,13 @@ def flow_table(flows: Mapping[str, Sequence[Tree]]) -> Written:
             ]
         )  # fmt: skip
     heads = [
-        "flow",
-        "problems",
-        "correct, %",
-        "chunks",
-        "answer pairs",
-        "stop pairs",
-        "Yes on right, %",
-        "Yes on wrong, %",
-    ]
+        "flow", "problems", "correct, %", "chunks", "answer pairs", "stop pairs", "Yes on right, %", "Yes on wrong, %",
+    ]  # fmt: skip
     return {"title": "Flows", "heads": heads, "rows": rows, "notes": ["chunks and pairs are means per problem"]}
 
 
-def margin_table(margins: Mapping[str, tuple[Any, Any]], steps: Mapping[str, int], staleness: float) -> Written:
-    """Reward margins of held-out pairs before and after the stream (training.dpo.Margins)."""
+def margin_table(margins: Mapping[str, tuple[Margins, Margins]], steps: Mapping[str, int], staleness: float) -> Written:
+    """Reward margins of held-out pairs, by adapter: (before, after) the stream."""
     rows = [
         [
             role, str(steps[role]), str(after.pairs), f"{before.margin:.3f}", f"{after.margin:.3f}",
