@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rstar.config import ModelSection, ProblemsSection, TrainSection, load
+from rstar.config import ProblemsSection, TrainSection, load
 from rstar.engines.worked_teacher import UNKNOWN, teacher_script
 from rstar.evaluation import bootstrap
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation, explanation_row, few_shot_rows
 from rstar.manifest import RunDir
 from rstar.problems import load_benchmark
 from rstar.recipes import orca2
-from rstar.recipes.orca2_figures import macro_mean
-from rstar.recipes.strategies import choose, load_strategies, strategy_of
+from rstar.recipes.orca2.evaluation import macro_mean
+from rstar.recipes.orca2.strategies import choose, load_strategies, strategy_of
+from rstar.run import Artifact, Run, Stage
 from rstar.search.expand import stated_answer
 from rstar.store import read_json, read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer, wrap_question
@@ -133,10 +134,14 @@ def test_golden_few_shot_rows() -> None:
 
 def test_golden_stages_and_epochs() -> None:
     config = load(orca2.Config, CONFIGS / "paper.yaml", ["model.base=tiny"])
-    assert orca2.progression(config) == [("flan", 1.0), ("weaker", 3.0), ("policy", 4.0)]
+    trained = {stage.name: stage for stage in orca2.RECIPE.stages(config, 1) if "rows" in stage.call.arguments}
+    assert list(trained) == ["flan", "weaker", "policy"]
+    assert [trained["flan"].settings["flan_epochs"], trained["weaker"].settings["weaker_epochs"]] == [1.0, 3.0]
+    assert trained["policy"].settings["sft"]["epochs"] == 4.0
     assert (config.sft.micro_batch_tokens, config.sft.in_order) == (4096, True)
     assert (config.orca.only_correct, config.orca.few_shot, config.sft.max_length) == (False, 0.09, 4096)  # O2, O5
-    assert orca2.progression(replace(config, flan=replace(config.flan, epochs=0)))[0] == ("weaker", 3.0)
+    without = orca2.RECIPE.stages(replace(config, flan=replace(config.flan, epochs=0)), 1)
+    assert [stage.name for stage in without][:2] == ["weaker-rows", "weaker"]
 
 
 # -- strategies, teacher, tasks --------------------------------------------------------------------------------------
@@ -254,8 +259,7 @@ def test_deviation_o9_a_heldout_text_is_in_no_stages_data(tmp_path: Path) -> Non
     lines = [json.dumps({"question": f"What is {n} plus {n}?", "answer": str(2 * n)}) for n in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     same = ProblemsSection(name="file", path=str(tmp_path / "p.jsonl"), heldout=2)
-    pool = orca2.pool(orca2.Config(model=ModelSection(base="tiny"), problems=same), replace(same, heldout=0))
-    assert [problem.answer for problem in pool] == ["0", "2", "4", "6"]
+    assert [problem.answer for problem in orca2.pool(replace(same, heldout=0), same)] == ["0", "2", "4", "6"]
 
 
 def test_deviation_o10_answers_are_read_by_documented_patterns() -> None:
@@ -275,22 +279,28 @@ def test_deviation_o11_evidence_that_comes_first_counts() -> None:
 @pytest.mark.parametrize("name", ["teacher", "weaker_teacher"])
 def test_a_teacher_without_an_address_is_found_before_anything_is_trained(name: str, tmp_path: Path) -> None:
     overrides = [f"run.dir={tmp_path}", f"{name}.engine.kind=openai", f"orca.strategies={STRATEGIES}"]
-    with pytest.raises(UserError, match=f"^{name}.engine.url= "):
+    with pytest.raises(UserError, match=f"^{name}.engine.url="):
         orca2.check(load(orca2.Config, CONFIGS / "tiny.yaml", overrides))
 
 
 # -- a whole run -----------------------------------------------------------------------------------------------------
 
 
+def tiny_config(folder: Path, *overrides: str) -> orca2.Config:
+    return load(orca2.Config, CONFIGS / "tiny.yaml", [f"run.dir={folder}", *overrides])
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("orca2") / "run"
-    overrides = [f"run.dir={folder}", f"orca.strategies={STRATEGIES}"]
-    config = load(orca2.Config, CONFIGS / "tiny.yaml", overrides)
+    config = tiny_config(folder)
     orca2.check(config)
-    for number in range(config.run.rounds + 1):
-        for stage in orca2.stages(config, number):  # in this process: a stage's own would load torch each time
-            stage.execute()
+
+    def act(stage: Stage) -> Artifact:
+        stage.execute()  # in this process: a stage's own would load torch each time
+        return stage.artifact()
+
+    orca2.orca2(Run(folder, act), config)
     return RunDir(folder)
 
 
@@ -370,3 +380,51 @@ def test_every_round_is_measured_under_both_system_messages(finished_run: RunDir
     trees = list(read_trees(finished_run.round(3).eval / "cautious"))
     assert {tree.settings["system"] for tree in trees} == {orca2.Config().orca.cautious}
     assert not any(leaf.reward is not None for tree in trees for leaf in tree.answers())  # no ground truth at test time
+
+
+@pytest.mark.parametrize(
+    ("override", "first_refused"),
+    [
+        ("flan.epochs=2", "1 flan"),
+        ("flan.problems.seed=9", "1 flan-rows"),
+        ("weaker.epochs=2", "1 weaker"),
+        ("weaker_teacher.engine.model=other", "1 weaker-rows"),
+        ("teacher.engine.model=other", "1 select"),
+        ("orca.development=4", "1 select"),
+        ("orca.student=false", "1 select"),
+        ("orca.only_correct=false", "1 weaker-rows"),
+        ("orca.few_shot=0.5", "1 extract"),
+        ("sft.epochs=3", "1 policy"),
+        ("rounds.r3.orca.arm=visible", "3 extract"),
+        ("search.temperature=0.5", "1 weaker-rows"),  # evaluations are greedy whatever it is
+        ("search.c=1", ""),
+        ("orca.development=3", ""),
+        ("teacher.engine.concurrency=3", ""),
+        ("sft.micro_batch_tokens=512", ""),
+    ],
+)
+def test_a_changed_setting_is_refused_by_the_first_stage_that_reads_it(
+    finished_run: RunDir, override: str, first_refused: str
+) -> None:
+    refused = []
+    for stage in orca2.RECIPE.planned(tiny_config(finished_run.path, override)):
+        try:
+            assert stage.finished() is not None
+        except UserError as error:
+            refused.append((f"{stage.round.number} {stage.name}", str(error)))
+    assert [name for name, _ in refused[:1]] == [first_refused] * bool(first_refused)
+    assert not refused or override.partition("=")[0].removeprefix("rounds.r3.") in refused[0][1]
+
+
+def test_strategies_are_compared_by_the_contents_of_their_file(finished_run: RunDir, tmp_path: Path) -> None:
+    def refused() -> list[str]:
+        stages = orca2.RECIPE.planned(tiny_config(finished_run.path, f"orca.strategies={tmp_path / 's.yaml'}"))
+        return [
+            f"{stage.round.number} {stage.name}" for stage in stages if stage.changes(stage.round.records()[stage.name])
+        ]
+
+    (tmp_path / "s.yaml").write_bytes(STRATEGIES.read_bytes())
+    assert refused() == []
+    (tmp_path / "s.yaml").write_text(STRATEGIES.read_text().replace("Work in small steps", "Work slowly"))
+    assert {"1 weaker-rows", "1 select", "1 extract", "0 eval"} <= set(refused())
+    assert not {"1 flan", "1 answers", "1 policy"} & set(refused())

@@ -12,13 +12,10 @@ from typing import Any
 
 from rstar.config import SandboxSection
 from rstar.evaluation import Measure, bootstrap, measures, paired
-from rstar.extract.explanations import Explanation
-from rstar.manifest import RoundDir, StageResult
 from rstar.problems import ProblemSet, load_benchmark
-from rstar.recipes.measuring import costs, eval_records, finished_eval, problem_trees
-from rstar.recipes.strategies import strategy_of
+from rstar.recipes.measuring import costs, eval_records, problem_trees
+from rstar.recipes.orca2.strategies import strategy_of
 from rstar.report.results import measure
-from rstar.store import read_json
 from rstar.types import Problem
 
 
@@ -48,9 +45,9 @@ def measured(
     groups = list(problem_trees(folder))
     records = asyncio.run(eval_records(groups, sandbox))
     tasks, right = [r.level for r in records], [float(r.passed) for r in records]
-    shown = [(tree.problem.level, strategy_of(_text(tree), evidence)) for (tree,) in groups]
-    fits = [float(shows == chosen[task]) for task, shows in shown if task in chosen]
-    found = {
+    shown = [strategy_of(tree.nodes[1].text if len(tree.nodes) > 1 else "", evidence) for (tree,) in groups]
+    fits = [float(shows == chosen[task]) for task, shows in zip(tasks, shown, strict=True) if task in chosen]
+    all_measures = {
         **measures("greedy", records),
         "macro mean": macro_mean(right, tasks),
         "format-OK": bootstrap([float(bool(r.candidates)) for r in records]),
@@ -59,67 +56,52 @@ def measured(
     per_task = {
         task: {
             "accuracy": asdict(bootstrap([v for v, t in zip(right, tasks, strict=True) if t == task])),
-            "strategies": dict(Counter(shows or "none" for t, shows in shown if t == task).most_common()),
+            "strategies": count_strategies(s for s, t in zip(shown, tasks, strict=True) if t == task),
             "chosen": chosen.get(task, ""),
         }
         for task in sorted(set(tasks))
     }
     return {
-        "measures": {name: asdict(one) for name, one in found.items()},
+        "measures": {name: asdict(one) for name, one in all_measures.items()},
         "tasks": per_task,
         **costs(records),
     }
 
 
-def _text(tree: Any) -> str:
-    return tree.nodes[1].text if len(tree.nodes) > 1 else ""
+def count_strategies(shown: Iterable[str]) -> dict[str, int]:
+    """How often each strategy is shown, the most frequent first; "none" stands for answers that show none."""
+    return dict(Counter(name or "none" for name in shown).most_common())
 
 
-def finished(
-    here: RoundDir, methods: dict[str, Any], first: Path | None, name: str, outputs: Sequence[Path]
-) -> StageResult:
-    """Write eval.json; `first` is that of the first arm, which this one is compared with problem by problem."""
-    tables = [_task_table(method, one, name) for method, one in methods.items()]
-    if first is not None:
-        tables.append(_against(methods, read_json(first)["methods"], name))
-    return finished_eval(here, methods, outputs, tables=tables)
-
-
-def _task_table(method: str, one: Mapping[str, Any], name: str) -> dict[str, Any]:
+def task_table(method: str, one: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The figures of a method by sub-category; `model` names the model that was measured."""
     rows = [
         [
             task,
-            measure(Measure(**found["accuracy"])),
-            found["chosen"] or "-",
-            ", ".join(f"{shows} {count}" for shows, count in found["strategies"].items()),
+            measure(Measure(**figures["accuracy"])),
+            figures["chosen"] or "-",
+            ", ".join(f"{shows} {count}" for shows, count in figures["strategies"].items()),
         ]
-        for task, found in one["tasks"].items()
+        for task, figures in one["tasks"].items()
     ]
     message = "empty system message" if method == "greedy" else "cautious system message"
     heads = ["sub-category", "accuracy, %", "chosen strategy", "strategies shown"]
-    return {"title": f"{name}, {message}", "heads": heads, "rows": rows}
+    return {"title": f"{model}, {message}", "heads": heads, "rows": rows}
 
 
-def _against(methods: Mapping[str, Any], first: Mapping[str, Any], name: str) -> dict[str, Any]:
+def comparison_table(methods: Mapping[str, Any], first: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """`model` against the first arm's, problem by problem; both as the methods of their eval.json."""
     rows = []
     for method, one in methods.items():
-        mine, other = _right(one), _right(first[method])
+        mine, other = _correct(one), _correct(first[method])
         ids = sorted(mine.keys() & other.keys())
         test = paired([mine[i] for i in ids], [other[i] for i in ids])
         p = "-" if test.p_value is None else f"{test.p_value:.3g}"
         rows.append([method, str(len(ids)), measure(test.difference), str(test.wins), str(test.losses), p])
     heads = ["system message", "problems", "difference, points", "better", "worse", "McNemar p"]
-    return {"title": f"{name} against the first arm", "heads": heads, "rows": rows}
+    return {"title": f"{model} against the first arm", "heads": heads, "rows": rows}
 
 
-def _right(method: Mapping[str, Any]) -> dict[str, float]:
+def _correct(method: Mapping[str, Any]) -> dict[str, float]:
     records: Iterable[Mapping[str, Any]] = method["records"]
     return {r["problem_id"]: float(any(c["correct"] for c in r["candidates"])) for r in records}
-
-
-def by_strategy(found: Iterable[Explanation], evidence: Mapping[str, re.Pattern[str]]) -> dict[str, dict[str, int]]:
-    """How often the answers of each sub-category show each strategy."""
-    counts: dict[str, Counter[str]] = {}
-    for one in found:
-        counts.setdefault(one.task, Counter())[strategy_of(one.answer, evidence) or "none"] += 1
-    return {task: dict(count) for task, count in counts.items()}
