@@ -82,3 +82,8 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The value of type `kind` that `to_json` has written."""
+    return TypeAdapter(kind).validate_python(value)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
+from rstar.manifest import RunDir, run_dir
 from rstar.prompts import step_prompt
+from rstar.run import Artifact, Recipe, Run, Stage
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Problem
@@ -101,3 +104,16 @@ def branching(depth: int, right: Callable[[list[int]], bool]) -> Callable[[str, 
         return step(len(made) + 1, f"x{len(made) + 1} = {index}")
 
     return script
+
+
+def execute_stages(recipe: Recipe[Any], config: Any, only: Callable[[Stage], bool] = lambda stage: True) -> RunDir:
+    """Run a recipe's stages in this process."""
+
+    def act(stage: Stage) -> Artifact:
+        if only(stage):
+            stage.execute()
+        return stage.artifact()
+
+    run = run_dir(config.run)
+    recipe.function(Run(run.path, act), config)
+    return run

@@ -26,7 +26,6 @@ from rstar.engines.base import ContextOverflow
 from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.extract.flow_pairs import chain, flow_outcome, flow_pairs
-from rstar.manifest import run_dir
 from rstar.prompts import split_stop_question
 from rstar.recipes import load_config
 from rstar.recipes.flow_dpo import stop_rows
@@ -36,7 +35,6 @@ from rstar.recipes.flow_dpo.stream import committed, read_stream, stream
 from rstar.recipes.flow_dpo.tables import progressive_accuracy, progressive_curve
 from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
-from rstar.run import Artifact, Recipe, Run, Stage
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.flow import flow
 from rstar.store import TreeWriter, complete_or_absent, read_trees, shards
@@ -44,7 +42,7 @@ from rstar.tokens import question_wrapper
 from rstar.training.dpo import AdapterTrainer, dpo_losses, encode_pair
 from rstar.tree import Tree
 from rstar.types import Generation, PreferenceRow, Problem, PromptText, SamplingParams, TerminalReason, UserError
-from tests.fakes import LiteralSession, answer, exact_grade, finish, problem, step
+from tests.fakes import LiteralSession, answer, exact_grade, execute_stages, finish, problem, step
 
 CONFIG = "configs/flow_dpo/tiny.yaml"
 ROOT = Path(__file__).parent.parent
@@ -601,24 +599,13 @@ def test_a_judge_that_prefers_what_comes_first_gives_ties() -> None:
 # -- the whole recipe on a toy model ---------------------------------------------------------------------------------
 
 
-def execute(recipe: Recipe[Any], config: Any, rounds: int) -> None:
-    """Run the stages of rounds 0 to `rounds` in this process."""
-
-    def act(stage: Stage) -> Artifact:
-        if stage.round.number <= rounds:
-            stage.execute()
-        return stage.artifact()
-
-    recipe.function(Run(run_dir(config.run).path, act), config)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run whose stream was killed in its middle."""
     folder = tmp_path_factory.mktemp("runs") / "flow"
     recipe, config = load_config(str(ROOT / CONFIG), [f"run.dir={folder}"])
     recipe.check(config)
-    execute(recipe, config, 0)
+    execute_stages(recipe, config, lambda stage: stage.round.number <= 0)
     call = recipe.stages(config, 1)[0].start()
     process = subprocess.Popen(
         [sys.executable, "-m", "rstar", "stage", str(call)], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -633,7 +620,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process.wait()
     done = json.loads(record.read_text())["problems"]
     before = read_stream(record.parent)[0]
-    execute(recipe, config, 2)
+    execute_stages(recipe, config, lambda stage: stage.round.number <= 2)
     assert done in (4, 8) and read_stream(record.parent)[0][:done] == before
     return folder
 

@@ -19,7 +19,6 @@ from rstar.problems import load_benchmark
 from rstar.recipes import orca2
 from rstar.recipes.orca2.evaluation import macro_mean
 from rstar.recipes.orca2.strategies import choose, load_strategies, strategy_of
-from rstar.run import Artifact, Run, Stage
 from rstar.search.expand import stated_answer
 from rstar.store import read_json, read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer, wrap_question
@@ -29,6 +28,7 @@ from rstar.training.models import load_policy
 from rstar.training.sft import TokenLoss
 from rstar.tree import Tree
 from rstar.types import Problem, SftRow, Step, TerminalReason, UserError
+from tests.fakes import execute_stages
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs/orca2"
@@ -296,12 +296,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     config = tiny_config(folder)
     orca2.check(config)
 
-    def act(stage: Stage) -> Artifact:
-        stage.execute()  # in this process: a stage's own would load torch each time
-        return stage.artifact()
-
-    orca2.orca2(Run(folder, act), config)
-    return RunDir(folder)
+    return execute_stages(orca2.RECIPE, config)
 
 
 def rows_of(done: RunDir, number: int) -> list[ExplanationRow]:

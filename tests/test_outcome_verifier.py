@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rstar.calculator import completion
-from rstar.config import EngineSection, VerifierSection, load, recipe_name
+from rstar.config import EngineSection, VerifierSection, recipe_name
 from rstar.engines.base import ValueHead, squash, value_head
 from rstar.engines.hf_scorer import HfScorer
 from rstar.evaluation import Candidate, EvalRecord
@@ -35,6 +35,7 @@ from rstar.training.models import load_policy
 from rstar.training.verifier import ValueLoss, reserve_token, train_verifier, value_losses, verifier_rows
 from rstar.tree import Tree
 from rstar.types import OutcomeRow, Problem, PromptText, SftRow, StepKind, TerminalReason, UserError
+from tests.fakes import execute_stages
 from tests.training_rows import outcome_rows as made_up_outcomes
 from tests.training_rows import sft_rows as made_up_solutions
 
@@ -357,8 +358,8 @@ def test_measures_and_curves_count_every_problem() -> None:
 @pytest.mark.parametrize("path", sorted(Path("configs/outcome_verifier").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_read(path: Path) -> None:
     assert recipe_name(path) == "outcome_verifier"
-    module, config = load_config(str(path), ["problems.path=none.jsonl"])
-    names = [[stage.name for stage in module.stages(config, number)] for number in (0, 1)]
+    recipe, config = load_config(str(path), ["problems.path=none.jsonl"])
+    names = [[stage.name for stage in recipe.stages(config, number)] for number in (0, 1)]
     assert names[0][0] == "base" and "policy" in names[0] and names[0][-1] == "eval"
     assert names[1] == ["search", "candidates", "extract", "verifier", "eval"]
 
@@ -370,23 +371,43 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return execute(folder, [])
 
 
+def settings_of(run: Path) -> list[str]:
+    """The overrides of the run in a folder."""
+    shared = [f"run.dir={run}", "problems=file", f"problems.path={run.parent / 'sums.jsonl'}", "problems.heldout=8"]
+    return [*shared, "sft.epochs=20", "eval.epochs=[10]", "search.max_step_tokens=40"]
+
+
 def execute(folder: Path, overrides: list[str], solution: Callable[[int, int], str] | None = None) -> Path:
     with (folder / "sums.jsonl").open("w") as file:
         for a in range(2, 9):
             for b in range(3, 7):
                 text = f"Tom has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}"
                 file.write(json.dumps({"question": f"Tom has {a} apples and buys {b}. Now?", "answer": text}) + "\n")
-    shared = [f"run.dir={folder / 'run'}", "problems=file", f"problems.path={folder / 'sums.jsonl'}"]
-    shared += ["sft.epochs=20", "eval.epochs=[10]", "search.max_step_tokens=40"]
-    config = load(
-        outcome_verifier.Config, "configs/outcome_verifier/tiny.yaml", [*shared, "problems.heldout=8", *overrides]
-    )
+    config = load_config("configs/outcome_verifier/tiny.yaml", [*settings_of(folder / "run"), *overrides])[1]
     outcome_verifier.check(config)
-    for number in range(config.run.rounds + 1):
-        for stage in outcome_verifier.stages(config, number):
-            stage.execute()
-            assert stage.finished() is not None
+    execute_stages(outcome_verifier.RECIPE, config)
     return folder / "run"
+
+
+def test_an_override_is_refused_by_the_stages_that_read_it_alone(run: Path) -> None:
+    def refused(*overrides: str) -> list[str]:
+        config = load_config("configs/outcome_verifier/tiny.yaml", [*settings_of(run), *overrides])[1]
+        found = []
+        for stage in outcome_verifier.RECIPE.planned(config):
+            try:
+                assert stage.finished() is not None
+            except UserError:
+                found.append(f"{stage.round.number} {stage.name}")
+        return found
+
+    assert refused() == []
+    assert refused("verifier.lm_weight=0.5") == ["1 verifier", "2 verifier"]
+    assert refused("rounds.r2.verifier.lm_weight=0.5") == ["2 verifier"]
+    assert refused("eval.voters=[1, 2]") == ["1 eval", "2 eval"]
+    assert refused("eval.completions=5") == ["1 candidates"]
+    assert refused("outcomes.completions=3") == ["1 extract", "2 extract"]
+    assert refused("eval.epoch_samples=2") == ["0 eval"]
+    assert refused("sft.learning_rate=1") == ["0 epochs-10", "0 policy"]
 
 
 def test_fine_tuned_models_of_the_curve_are_trainings_of_their_own(run: Path) -> None:

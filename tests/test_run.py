@@ -22,18 +22,19 @@ from rstar import manifest, store
 from rstar import run as run_module
 from rstar.call import call_of
 from rstar.config import EvalSection, ExtractSection, ProblemsSection
-from rstar.manifest import RoundDir, RunDir, run_dir
+from rstar.manifest import RoundDir, RunDir
 from rstar.recipes import load_config, rstar_math
 from rstar.recipes.base_model import checkpoint
 from rstar.recipes.rows import own_prompt
 from rstar.recipes.rstar_math import RECIPE, check
 from rstar.report.unsolved import unsolved, unsolved_text
-from rstar.run import Artifact, Here, Run, Stage
+from rstar.run import Artifact, Here, Stage
 from rstar.search.collect import SearchWorker
 from rstar.store import index, read_trees
 from rstar.training.data import read_rows
 from rstar.training.ppm import row_kind
 from rstar.types import PreferenceRow, SftRow, UserError
+from tests.fakes import execute_stages
 
 TINY = str(Path(__file__).parent.parent / "configs" / "rstar_math" / "tiny.yaml")
 SUMS = ["12 + 7 - 4", "3 + 5", "8 * 2 + 1", "21 - 6", "9 + 9 + 9"]
@@ -346,15 +347,9 @@ def stages(config, number: int) -> list[Stage]:  # type: ignore[no-untyped-def]
 
 def execute(config, number: int, *names: str) -> RoundDir:  # type: ignore[no-untyped-def]
     """Run stages of a round, with what the stages before them have made."""
-
-    def act(stage: Stage) -> Artifact:
-        if stage.round.number == number and stage.name in names:
-            stage.execute()
-        return stage.artifact()
-
-    folder = run_dir(config.run)
-    RECIPE.function(Run(folder.path, act), config)
-    return folder.round(number)
+    return execute_stages(RECIPE, config, lambda stage: stage.round.number == number and stage.name in names).round(
+        number
+    )
 
 
 def pretend(here: RoundDir, *names: str, outputs: Sequence[Path] = ()) -> None:
