@@ -34,8 +34,8 @@ class ProblemSet:
     train: tuple[Problem, ...]
     heldout: tuple[Problem, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Left out, by reason: duplicate, same-numbers, disagreement, contaminated, unparsable, image, too-long, level,
-    limit."""
+    """Left out, by reason: duplicate, same-numbers, partial-result, disagreement, contaminated, unparsable, image,
+    too-long, level, limit."""
     contaminated: tuple[tuple[str, str], ...] = ()
     """(id of a removed training problem, name of the set it overlaps with), for the manifest."""
 

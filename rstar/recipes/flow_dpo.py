@@ -62,7 +62,7 @@ from rstar.recipes.online_dpo import Prediction, read_stream, stream
 from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import files_read, seed_of
 from rstar.recipes.training import fine_tune
-from rstar.report.progress import Progress
+from rstar.report.progress import Progress, say_dropped
 from rstar.rounds import RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchPass, SearchWorker, WorkItem
 from rstar.store import read_json, shards, write_rows
@@ -209,7 +209,9 @@ def _stream_stage(config: Config, run: RunDir) -> Stage:
             "pairs": {role: sum(getattr(p, f"{role}_pairs") for p in predictions) for role in trainer.steps},
             "staleness": sum(p.staleness for p in predictions) / max(1, len(predictions)),
             "tokens": sum(p.tokens for p in predictions), "losses": [step["loss"] for step in steps],
+            "dropped": sum(step.get("dropped", 0) for step in steps),
         }  # fmt: skip
+        say_dropped("stream", counts["dropped"], config.dpo.max_length)
         return StageResult((here.path / "stream.jsonl", state, *shards(here.path)), counts)
 
     settings = settings_of(config, "flow", "dpo") | {"run": seed_of(config.run)}

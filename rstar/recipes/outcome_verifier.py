@@ -63,7 +63,7 @@ from rstar.recipes.rows import reference_rows
 from rstar.recipes.starting import files_read, seed_of, serves_checkpoints
 from rstar.recipes.training import fine_tune
 from rstar.recipes.verification import curve, evaluated
-from rstar.report.progress import TrainingProgress
+from rstar.report.progress import TrainingProgress, say_dropped
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import shards, write_rows
@@ -326,6 +326,7 @@ def _verifier_stage(config: Config, run: RunDir, number: int) -> Stage:
             result = train_verifier(
                 rows, references, body, here.path / "verifier", section, seed=config.run.seed, on_progress=progress
             )
+        say_dropped(f"round {number} verifier", result.training.dropped, section.max_length)
         return StageResult((here.path / "verifier",), {"rows": len(rows), **asdict(result)})
 
     return Stage(here, "verifier", {"verifier": to_dict(section), "run": seed_of(config.run)}, inputs, work)

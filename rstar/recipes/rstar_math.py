@@ -103,7 +103,7 @@ from rstar.recipes.measuring import (
 from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.recipes.starting import check_bootstrap, files_read, seed_of, serves_checkpoints, travelling
 from rstar.recipes.training import fine_tune
-from rstar.report.progress import TrainingProgress
+from rstar.report.progress import TrainingProgress, say_dropped
 from rstar.rounds import RoundDir, RunDir, Stage, StageResult, input_digest, run_dir
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import index, path_digest, shards, write_rows
@@ -360,6 +360,7 @@ def _ppm_stage(config: Config, run: RunDir, number: int) -> Stage:
         rows: Any = read_rows(*ppm_rows(here, config.ppm.loss))
         with TrainingProgress(f"round {number} PPM") as progress:
             result = train_ppm(rows, str(here.policy), here.ppm, config.ppm, seed=config.run.seed, on_progress=progress)
+        say_dropped(f"round {number} PPM", result.training.dropped, config.ppm.max_length)
         return StageResult((here.ppm,), {"rows": len(rows), **asdict(result)})
 
     return Stage(here, "ppm", {"ppm": _shaping(config.ppm), "run": seed_of(config.run)}, inputs, work)

@@ -13,7 +13,7 @@ from rstar.recipes import load_config
 from rstar.recipes.base_model import base_model
 from rstar.recipes.measuring import problem_trees
 from rstar.recipes.rows import own_prompt, policy_rows, scorer_rows
-from rstar.report.progress import TrainingProgress
+from rstar.report.progress import TrainingProgress, say_dropped
 from rstar.types import SftRow, UserError
 
 
@@ -26,7 +26,9 @@ def fine_tune(
 
     rows = read_rows(rows, SftRow) if isinstance(rows, Path) else rows
     with TrainingProgress(title) as progress:
-        return asdict(train_policy(rows, base, output, section, seed=seed, on_progress=progress))
+        result = train_policy(rows, base, output, section, seed=seed, on_progress=progress)
+    say_dropped(title, result.dropped, section.max_length)
+    return asdict(result)
 
 
 def train_from_files(options: Namespace) -> str:
@@ -75,9 +77,9 @@ def train_from_files(options: Namespace) -> str:
         else:
             found = train_ppm(rows, folder, output, section, **more)
             result, after = found.training, found.heldout_after or found.train_after
-    text = f"{output}: {result.rows} rows ({result.truncated} truncated), {result.steps} steps, "
-    text += f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {result.seconds:.0f} s\n"
+    text = f"{output}: {result.rows} rows ({result.truncated} truncated, {result.dropped} dropped), "
+    text += f"{result.steps} steps, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {result.seconds:.0f} s\n"
     if after is not None:
-        side = "held-out" if result.rows < len(rows) else "training"
+        side = "held-out" if found.heldout_after else "training"
         text += f"pair accuracy {after.accuracy:.3f} on {after.pairs} {side} pairs\n"
     return text + f"metrics: {result.metrics}"
