@@ -6,10 +6,11 @@ Text is cut into segments at step borders; a segment is tokenised by itself ever
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rstar.grading.extract import last_boxed as last_boxed
+from rstar.grading.extract import last_line_answer
 from rstar.types import PromptText, Step, StepKind
 
 END_OF_STEP = "<end_of_step>"
@@ -25,9 +26,6 @@ STEP_TOKENS = (
 """What the delimiters look like in rendered text; each becomes one token where model.step_tokens is on."""
 SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
 
-_ANSWER_LINE = re.compile(r"\s*(?:####|A:)\s*(\S.*)")
-_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9])")
-_BRACE = re.compile(r"[{}]")
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
 
 
@@ -36,20 +34,6 @@ class Malformed:
     """Text that is no step, and why in a few words."""
 
     reason: str
-
-
-def last_boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...} in `text`; None if there is none. Linear in the length of the text."""
-    opened: list[int] = []  # where each open brace is
-    found: tuple[int, int] | None = None
-    for brace in _BRACE.finditer(text):
-        if brace.group() == "{":
-            opened.append(brace.start())
-        elif opened:
-            start = opened.pop()
-            if text.endswith("\\boxed", 0, start) and (found is None or start > found[0]):
-                found = start, brace.start()
-    return None if found is None else text[found[0] + 1 : found[1]].strip()
 
 
 def stops(after: StepKind | None) -> tuple[str, ...]:
@@ -88,10 +72,8 @@ def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
 
 def parse_solution(text: str) -> Step | Malformed:
     """Read a whole solution in words: its last line names the answer, as in GSM8K's data ("#### 72", "A: 72")."""
-    match = _ANSWER_LINE.match(text.strip().rpartition("\n")[2])
-    if match is None:
-        return Malformed("no answer in the last line")
-    return Step(StepKind.ANSWER, text, answer=_THOUSANDS.sub("", match[1]))
+    answer = last_line_answer(text)
+    return Malformed("no answer in the last line") if answer is None else Step(StepKind.ANSWER, text, answer=answer)
 
 
 def kind_of(text: str) -> StepKind:
