@@ -4,8 +4,9 @@ import time
 import pytest
 
 from rstar.config import ProblemsSection
+from rstar.grading import normalise as answer_key
 from rstar.problems import BENCHMARKS, ProblemSet, load_benchmark, load_problems, needs_image
-from rstar.problems.agreement import agreeing_answer, answer_key
+from rstar.problems.agreement import agreeing_answer
 from rstar.problems.overlap import Overlap, numbers_key, skeleton_key, text_key
 from rstar.problems.worked import worked_solution
 from rstar.types import Problem, UserError

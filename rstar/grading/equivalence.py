@@ -160,19 +160,20 @@ def _value(answer: Form, reference: Form, decide: Decide) -> bool | None:
             return True
     except Hopeless:
         return decide(answer, reference)
-    return _stands_for(answer, reference) or _stands_for(reference, answer)
+    return any(
+        stands_for(one, other.value.real(), other.value.rational(), short=other.digits < LONG_DECIMAL_DIGITS)
+        for one, other in ((answer, reference), (reference, answer))
+        if other.value is not None and one.digits >= LONG_DECIMAL_DIGITS
+    )
 
 
-def _stands_for(decimal: Form, other: Form) -> bool:
-    """Whether a long decimal is what a program prints of the other number.
+def stands_for(decimal: Form, wanted: float | None, known: Fraction | None, *, short: bool = True) -> bool:
+    """Whether a long decimal is what a program prints of another number, whose exact value may be `known`.
 
-    For a rational number it may be off by a billionth. Else it is the number cut or rounded to its last digit, or a
-    float with the noise of one.
+    It may be the other with the noise of a float. Beside that it may be off by a billionth of a rational number, or be
+    another number cut or rounded to its last digit, unless the other is a long decimal itself (not `short`).
     """
-    assert decimal.value is not None and other.value is not None
-    if decimal.digits < LONG_DECIMAL_DIGITS:
-        return False
-    exact, wanted, known = decimal.value.rational(), other.value.real(), other.value.rational()
+    exact = decimal.value.rational() if decimal.value is not None and decimal.digits >= LONG_DECIMAL_DIGITS else None
     if exact is None or wanted is None or not math.isfinite(wanted) or not math.isfinite(decimal.last_place):
         return False
     target = known if known is not None else Fraction(wanted)
@@ -180,9 +181,7 @@ def _stands_for(decimal: Form, other: Form) -> bool:
     error = abs(exact - target)
     if decimal.digits >= FLOAT_DIGITS and error <= FLOAT_ERROR * abs(wanted):
         return True
-    if other.digits >= LONG_DECIMAL_DIGITS:
-        return False
-    return error < NEAR * abs(known) if known is not None else error < 0.999 * decimal.last_place
+    return short and (error < NEAR * abs(known) if known is not None else error < 0.999 * decimal.last_place)
 
 
 def _equation(answer: Form, reference: Form, decide: Decide) -> bool | None:

@@ -93,7 +93,7 @@ def _tokens(text: str) -> list[str]:
                 tokens
                 and tokens[-1][0].isdigit()
                 and text[position].isspace()
-                and tokens[-2:-1] not in (["\\frac"], ["_"])
+                and tokens[-2:-1] not in (["\\frac"], ["_"], ["^"])
             ):
                 raise Unreadable("a command before a number") if "\\" in text else Hopeless("two numbers side by side")
             tokens.append("0" + number if number[0] == "." else number)

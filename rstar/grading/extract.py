@@ -24,7 +24,7 @@ _ITALIC = re.compile(r"\*(\w[^*\n]{0,80})\*")
 _VERB = r"(?:is|was|are|becomes|equals|(?:would|should|will|must)[ \t]+be|comes[ \t]+out[ \t]+(?:to[ \t]+be|as))"
 _STATED = re.compile(
     r"\b(?P<before>(?:if|whether|what|unless|suppose|assume|guess|when)[ \t]+(?:(?:the|my|your|this)[ \t]+)?)?"
-    r"(?:final[ \t]+|correct[ \t]+)?\b(?:answer|ans)\b"
+    r"(?:final[ \t]+|correct[ \t]+)?\b(?:answer|ans)\b(?:[ \t]*\([^()\n]{0,60}\))?"
     rf"(?:(?:[ \t]+(?:to|of|for)\b[^.:=?!\n]{{0,80}}?)?[ \t]*(?:[:=]|\b{_VERB}\b)|[ \t]*(?=\n))",
     re.IGNORECASE,
 )

@@ -17,7 +17,7 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Expr, MatrixBase
 
-from rstar.grading.equivalence import compare_texts
+from rstar.grading.equivalence import compare_texts, stands_for
 from rstar.grading.expressions import Algebra, Hopeless, Unreadable, read
 from rstar.grading.reading import Form, Kind
 
@@ -43,7 +43,9 @@ def decide(answer: Form, reference: Form) -> bool | None:
     singles = [_single(form) for form in (answer, reference) if form.kind in (Kind.VALUE, Kind.OPAQUE)]
     if kinds <= {Kind.VALUE, Kind.OPAQUE}:
         left, right = singles
-        return _verified(answer.text, reference.text) if left is None or right is None else _same(left, right)
+        if left is None or right is None:
+            return _verified(answer.text, reference.text)
+        return _same(left, right) or _printed(answer, right) or _printed(reference, left)
     return None if all(value is None for value in singles) else False  # a number is no tuple
 
 
@@ -64,6 +66,12 @@ def _same(left: Expr, right: Expr) -> bool | None:
         if abs(values[0] - values[1]) > AGREE * max(1, abs(values[0])):
             return False
     return True
+
+
+def _printed(decimal: Form, exact: Expr) -> bool:
+    """Whether a long decimal stands for a number that is irrational (the rule of equivalence)."""
+    value = exact.evalf(PRECISION)
+    return bool(value.is_Float) and stands_for(decimal, float(value), None)
 
 
 def _as_set(form: Form) -> sympy.Set | None:

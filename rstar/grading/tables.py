@@ -119,7 +119,7 @@ COUNTED = names(
     peach peanut pear pearl pebble peg pen pencil penguin pennies penny people permutation person pet petal
     phone photo photograph piano picture pie piece pig pigeon pill pillow pin pineapple pizza place plane planet
     plank plant plate player plot plum poem point polygon pool poster pot potato pound present prize problem
-    program pumpkin pupil puppy purse puzzle quarter question rabbit raccoon raisin rat recipe rectangle region
+    program pumpkin pupil puppy purse puzzle question rabbit raccoon raisin rat recipe rectangle region
     ribbon rice ring rock roll room rooster root rope rose round route row ruler sack salad sandwich scarf
     scarves school scoop score seashell seat section sedan seed sentence sequence serving set shade shark sheep
     sheet shelf shell shelves ship shirt shoe shop shot shovel shrimp sibling side singer sister skirt slice

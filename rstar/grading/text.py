@@ -182,8 +182,8 @@ def _measure(parts: Sequence[str]) -> tuple[str, int] | None:
             word = written.lower()
             forms = (word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word))
             single = next((tables.MEASURES[form] for form in forms if form in tables.MEASURES), "")
-            if written[0] == "^" and complete and found:
-                found[-1] = {"2": "square ", "3": "cubic "}[written[-1]] + found[-1]
+            if written[0] == "^" and complete:
+                found[-1:] = [{"2": "square ", "3": "cubic "}[written[-1]] + one for one in found[-1:]]
             elif word in ("square", "sq", "cubic", "cu"):
                 prefix, complete = {"sq": "square ", "cu": "cubic "}.get(word, word + " "), False
             elif word in ("per", "/", "of") and complete:
