@@ -103,7 +103,7 @@ def test_a_reference_is_cut_to_the_answer_that_it_states(text, answer):
 @pytest.mark.parametrize(
     ("reference", "why"),
     [
-        ("{'value': 3}", "an object"), ('{"value": 3}', "an object"), ("[{'value': 3}]", "an object"), ("{}", "an object"),
+        ("{'value': 3}", "an object"), ('{"value": 3}', "an object"), ("[{'value': 3}]", "an object"),
         ("nan", "no value"), ("NaN", "no value"), ("None", "no value"),
         ("We prove this by induction over the number of vertices that the graph in question has.",
          "prose without a stated answer"),
@@ -122,7 +122,8 @@ def test_released_gsm8k_solutions_are_read_from_their_last_line(tmp_path):
     records = [
         {"question": "a", "ground_truth": "2*600=1200\nA: 1,200", "6b": sample("x\nA: 1200", True),
          "175b": sample("A: 7\nno answer", False)},
-        {"question": "b", "ground_truth": "A: 5", "6b": sample("A: 4\nA: 5 apples", True), "175b": sample("A: 5.0", False)},
+        {"question": "b", "ground_truth": "A: 5", "6b": sample("A: 4\nA: 5 apples", True),
+         "175b": sample("A: 5.0", False)},
     ]  # fmt: skip
     path = tmp_path / "solutions.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

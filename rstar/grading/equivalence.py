@@ -78,7 +78,7 @@ def compare_texts(given: str, wanted: str, decide: Decide) -> bool | None:
     given_forms = readings(given, alone="," not in wanted)
     try:
         verdicts = [compare(form, other, decide) for form in given_forms for other in wanted_forms]
-    except Exhausted:
+    except (Exhausted, Hopeless):
         return None
     return True if True in verdicts else None if None in verdicts else False
 
@@ -186,12 +186,8 @@ def stands_for(decimal: Form, wanted: float | None, known: Fraction | None, *, s
 
 def _equation(answer: Form, reference: Form, decide: Decide) -> bool | None:
     """Equal up to a rational factor."""
-    if answer.value is not None and reference.value is not None:
-        try:
-            if answer.value.proportional(reference.value):
-                return True
-        except Hopeless:
-            pass
+    if answer.value is not None and reference.value is not None and answer.value.proportional(reference.value):
+        return True
     return decide(answer, reference)
 
 

@@ -57,7 +57,7 @@ _RUN_OR_BRACKET = re.compile(rf"\\?[(\[{{}}\])]|(?<![0-9.,]){_RUN}(?![0-9]|,[0-9
 _MIXED = re.compile(r"([+-]?)([0-9]+) ([0-9]+)/([0-9]+)")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|smallmatrix)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _CALL = re.compile(r"(Matrix|Eq|Ne|Interval(?:\.[LR]?open)?|Union|FiniteSet|frozenset|set|list|tuple|array)\((.*)\)")
-_LETTER = r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?"
+_LETTER = rf"(?:[a-zA-Z]|\\(?:{'|'.join(tables.SYMBOLS)})(?![a-zA-Z]))(?:_(?:[a-zA-Z0-9]|\{{[a-zA-Z0-9]+\}}))?"
 _NAME = re.compile(
     rf"{_LETTER}'?(?:\([a-zA-Z]\))?|[a-zA-Z]{{4,20}}|\\text ?\{{[^{{}}]*\}}|\({_LETTER}(?:, ?{_LETTER})+\)"
 )
@@ -98,6 +98,8 @@ def readings(text: str, *, alone: bool = True) -> tuple[Form, ...]:
             found.append(parse(_PRINTED_NAMES.sub(lambda m: "e" if m[0] == "E" else "i", text)))
     except Exhausted:
         return (Form(Kind.OPAQUE, text),)
+    except Hopeless:  # of a reading beside the first
+        pass
     return tuple(found)
 
 

@@ -14,7 +14,6 @@ MAX_ANSWER_CHARS = 4000  # an answer beyond this is compared as text only
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _BRACKET = re.compile(r"[(\[{}\])]")
 _ROOT_SIGN = re.compile("\u221a\\s*(\\([^()]*\\)|[0-9]+|[a-z])")
-_MARKED = re.compile(r"(\*\*|__|`+)\s*(\S.*?)\s*\1", re.DOTALL)
 _DROPPED = re.compile(
     r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|bigg|Bigg|displaystyle|textstyle|limits|mathstrut|hfill)(?![a-zA-Z])"
     r"|(?<!\\)\\!|\\phantom\{[^{}]*\}"
@@ -43,8 +42,9 @@ def clean(text: str) -> str:
     Units and words stay (as \\text{...} where they were marked as text); numbers are not evaluated.
     """
     text = text.strip()
-    while marked := _MARKED.fullmatch(text):
-        text = marked[2]
+    for mark in ("**", "__", "`", "**"):
+        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
+            text = text[len(mark) : -len(mark)].strip()
     boxed = last_boxed(text) if text.startswith("\\boxed") else None
     text = (boxed if boxed is not None and len(boxed) + 8 >= len(text) else text).translate(tables.CHARACTERS)
     if text.endswith("\\") and not text.endswith("\\\\"):
@@ -151,10 +151,11 @@ def units_of(text: str) -> list[tuple[str, str, int]]:
     tail = _UNITS.search(text, start)
     if tail is None or tail.start() == 0:
         return []
-    charge(20)
+    charge(100)
     parts = [(match.start(), match[0]) for match in _UNIT_PART.finditer(text, tail.start())]
     found: list[tuple[str, str, int]] = []
     for k, (place, part) in enumerate(parts[:12]):
+        charge(10 + place // 64)
         before, word = text[:place], part.strip()
         last = before.rstrip()[-1:]
         marked = word.startswith("\\")
