@@ -294,7 +294,7 @@ class _Parser(Generic[V]):
                 return values[0] / (values[1] if len(values) == 2 else self._number(1))
             case "ln" | "log", 2:
                 name = "log"
-            case "log" | "log10" | "log2", 1:
+            case "log" | "lg" | "log2", 1:
                 name, values = "log", [values[0], self._number(2 if name == "log2" else 10)]
             case "cbrt", 1:
                 name, values = "root", [values[0], self._number(3)]

@@ -59,7 +59,8 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|smallmatrix)\}(?:\{[clr| ]
 _CALL = re.compile(r"(Matrix|Eq|Ne|Interval(?:\.[LR]?open)?|Union|FiniteSet|frozenset|set|list|tuple|array)\((.*)\)")
 _LETTER = rf"(?:[a-zA-Z]|\\(?:{'|'.join(tables.SYMBOLS)})(?![a-zA-Z]))(?:_(?:[a-zA-Z0-9]|\{{[a-zA-Z0-9]+\}}))?"
 _NAME = re.compile(
-    rf"{_LETTER}'?(?:\([a-zA-Z]\))?|[a-zA-Z]{{4,20}}|\\text ?\{{[^{{}}]*\}}|\({_LETTER}(?:, ?{_LETTER})+\)"
+    rf"{_LETTER}'?(?:\([a-zA-Z]\))?|[a-wA-W]\(-?[0-9]{{1,4}}\)"  # f(3) = 7, but x(3) = 6 is 3x = 6
+    rf"|[a-zA-Z]{{4,20}}|\\text ?\{{[^{{}}]*\}}|\({_LETTER}(?:, ?{_LETTER})+\)"
 )
 _VARIABLE = re.compile(_LETTER)
 _UNKNOWN = re.compile(r"(?<![\\a-zA-Z])(?!(?:sqrt|pi|oo|inf|exp|log|ln|e)(?![a-zA-Z]))[a-zA-Z]")

@@ -175,16 +175,17 @@ def units_of(text: str) -> list[tuple[str, str, int]]:
 def _measure(parts: Sequence[str]) -> tuple[str, int] | None:
     """(measure in one spelling, multiplier) of the words of a unit; None if one of them is no unit."""
     found, prefix, factor, complete = list[str](), "", 1, False
+    speed = re.search("[a-z]/[sh](?![a-z])", "".join(part.strip() for part in parts))
     for part in parts:
         marked = TEXT.fullmatch(part.strip())
         for written in re.findall(
-            r"[A-Za-z\u00a2]+|/|\^ ?\{? ?[23]|[^\s.\w]", marked[1] if marked else part.replace("\\", "")
+            r"[A-Za-z\u00a2]+|/|\^ ?\{? ?[23] ?\}?|[^\s.\w]", marked[1] if marked else part.replace("\\", "")
         ):
             word = written.lower()
             forms = (word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word))
             single = next((tables.MEASURES[form] for form in forms if form in tables.MEASURES), "")
             if written[0] == "^" and complete:
-                found[-1:] = [{"2": "square ", "3": "cubic "}[written[-1]] + one for one in found[-1:]]
+                found[-1:] = [("square " if "2" in written else "cubic ") + one for one in found[-1:]]
             elif word in ("square", "sq", "cubic", "cu"):
                 prefix, complete = {"sq": "square ", "cu": "cubic "}.get(word, word + " "), False
             elif word in ("per", "/", "of") and complete:
@@ -193,7 +194,7 @@ def _measure(parts: Sequence[str]) -> tuple[str, int] | None:
                 found, complete = [*found, *tables.COMPOUND[word]], True
             elif word in tables.MULTIPLIERS and not found:
                 factor, complete = factor * tables.MULTIPLIERS[word], True
-            elif single and (len(word) > 1 or marked or found[-1:] == ["per"]):
+            elif single and (len(word) > 1 or marked or speed):
                 found, prefix, complete = [*found, prefix + single], "", True
             elif not tables.COUNTED.isdisjoint(forms):
                 prefix, complete = "", True
