@@ -71,7 +71,7 @@ def compare_texts(given: str, wanted: str, decide: Decide) -> bool | None:
     """Compare two cleaned answers; `decide` is asked about what exact arithmetic leaves open."""
     if given == wanted:
         return True
-    chosen = _choice(given, wanted)
+    chosen = _choice(given, wanted, decide)
     if chosen is not None:
         return chosen
     wanted_forms = _read(wanted, "," not in given)
@@ -97,7 +97,7 @@ _CHOICE = re.compile(
 _CAPITAL = re.compile(r"\b[A-Z]\b")
 
 
-def _choice(answer: str, reference: str) -> bool | None:
+def _choice(answer: str, reference: str, decide: Decide) -> bool | None:
     """For a reference that is a choice, (E), E or `E) 12`: whether the answer chooses it; None for others.
 
     Where the reference gives the choice's text, the answer may give that text alone.
@@ -109,7 +109,7 @@ def _choice(answer: str, reference: str) -> bool | None:
         return None
     wanted = letter[1] if letter else full["closed"] or full["marked"] if full else ""
     if chosen is None:
-        return is_equivalent_fast(answer, full["rest"].strip()) if full else False
+        return compare_texts(answer, full["rest"].strip(), decide) if full else False
     if _CAPITAL.search(chosen["rest"] or "") and not full:  # "(A) (B)" chooses nothing
         return False
     return wanted in (chosen["closed"], chosen["marked"], chosen["bare"])
@@ -128,7 +128,8 @@ def compare(answer: Form, reference: Form, decide: Decide) -> bool | None:
         return _SAME_KIND[answer.kind](answer, reference, decide)
     for one, other in ((answer, reference), (reference, answer)):
         if one.kind is Kind.ASSIGNMENT:
-            return _equation(answer, reference, decide) if other.kind is Kind.EQUATION else _named(one, other, decide)
+            equation = other.kind is Kind.EQUATION
+            return _equation(answer, reference, decide) if equation else compare(one.parts[0], other, decide)
     for one, other in ((answer, reference), (reference, answer)):
         if one.kind is Kind.LIST and _all_named(one):
             if other.kind is Kind.TUPLE and len({part.text for part in one.parts}) == len(one.parts):
@@ -143,10 +144,6 @@ def compare(answer: Form, reference: Form, decide: Decide) -> bool | None:
         return False
     sets = kinds <= {Kind.UNION, Kind.TUPLE, Kind.LIST}
     return decide(answer, reference) if Kind.OPAQUE in kinds or (sets and Kind.UNION in kinds) else False
-
-
-def _named(named: Form, other: Form, decide: Decide) -> bool | None:
-    return compare(named.parts[0], other, decide)
 
 
 def _all_named(form: Form) -> bool:
@@ -249,10 +246,6 @@ def _same_text(answer: Form, reference: Form, decide: Decide) -> bool | None:
 
 def _opaque(answer: Form, reference: Form, decide: Decide) -> bool | None:
     return True if answer.text == reference.text else decide(answer, reference)
-
-
-def _relation(answer: Form, reference: Form, decide: Decide) -> bool | None:
-    return _ordered(answer, reference, decide) or decide(answer, reference)
 
 
 _SAME_KIND: dict[Kind, Callable[[Form, Form, Decide], bool | None]] = {

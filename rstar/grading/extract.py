@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 _TAIL_CHARS = 20_000  # the end of an output, where answers are looked for
-MAX_PROSE_WORDS = 12  # a reference with more words is prose: another text can only equal it by its spelling
+MAX_PROSE_WORDS = 10  # a reference with more words is prose: another text can only equal it by its spelling
 
 _BRACE = re.compile(r"[{}]")
 _BOX = re.compile(r"\\(?:fbox|boxed)\s*\{")
@@ -38,7 +38,7 @@ _SENTENCE_END = re.compile(
 _FENCE = re.compile(r"(?:\s*(?:\$\$|\\\[|```\w*|---+)[ \t]*\n)+")  # a line that only opens a displayed answer
 _NO_NUMBER = re.compile(r"[-+]?(?:nan|none|null|n/a|undefined value|#n/a)", re.IGNORECASE)
 _OBJECT = re.compile(r"\{\s*(?:['\"].*|\})|\[\s*\{\s*['\"].*", re.DOTALL)
-_LANGUAGE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_LANGUAGE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}(?![A-Za-z(])")  # no products of letters, no calls
 
 
 def extract_answer(text: str) -> str | None:
