@@ -70,7 +70,8 @@ def _drive(options: argparse.Namespace, module: ModuleType, config: Any, numbers
         if warning := run.other_versions():
             print(warning, flush=True)
         problems = module.check(config)
-        print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
+        counted = f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out"
+        print("\n".join([counted, *problems.left_out()]), flush=True)
         waiting = [s for number in numbers for s in module.stages(config, number)]
         plan = [(stage.round.number, stage.name) for stage in waiting]
         write_json(run.path / "driver.json", {"command": options.command, "stages": plan})

@@ -138,5 +138,5 @@ def _config(path: str, overrides: Sequence[str]) -> Check:
         found = module.check(config)
     except UserError as error:
         return Check("config", False, str(error))
-    counted = f"{len(found.train)} training problems, {len(found.heldout)} held out"
-    return Check("config", True, f"{counted}; {config.model.base}: model folder and tokenizer fit")
+    counted = [f"{len(found.train)} training problems, {len(found.heldout)} held out", *found.left_out()]
+    return Check("config", True, "; ".join([*counted, f"{config.model.base}: model folder and tokenizer fit"]))

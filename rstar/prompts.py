@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rstar.grading.extract import boxes, last_boxed, last_line_answer
 from rstar.types import PromptText, Step, StepKind
 
 END_OF_STEP = "<end_of_step>"
@@ -45,8 +46,6 @@ _AFTER_BOX = re.compile(
 _GLUED = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=[0-9]))[.!?,;:]+(?=[A-Za-z_])|(?<!\w)[A-Za-z]\w*_(?![\w{\\])")
 _SENTENCE_END = re.compile(rf"(?:(?<!\.[A-Za-z])(?<![.!?])[.!?]++{_CLOSING}*+(?=\s|$)|[。！？]|\n)(?:{_CLOSING}|\s)*+")
 _GOES_ON = re.compile(r"\s*(?:[-+/=^<>|&]|\*(?!\*)|\\(?:cdot|times|div|pm|pi|sqrt|d?frac)\b)")
-_ANSWER_LINE = re.compile(r"\s*(?:####|A:)\s*(\S.*)")
-_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9])")
 _BRACE = re.compile(r"[{}]")
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
 
@@ -56,25 +55,6 @@ class Malformed:
     """Text that is no step, and why in a few words."""
 
     reason: str
-
-
-def last_boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...} in `text`; None if there is none. Linear in the length of the text."""
-    boxes = _boxes(text)
-    return text[boxes[-1][0] + 1 : boxes[-1][1]].strip() if boxes else None
-
-
-def _boxes(text: str) -> list[tuple[int, int]]:
-    """Where the braces of each balanced \\boxed{...} are, in the order in which they open."""
-    opened, found = list[int](), list[tuple[int, int]]()
-    for brace in _BRACE.finditer(text):
-        if brace.group() == "{":
-            opened.append(brace.start())
-        elif opened:
-            start = opened.pop()
-            if text.endswith("\\boxed", 0, start):
-                found.append((start, brace.start()))
-    return sorted(found)
 
 
 def answer_fault(text: str) -> str:
@@ -91,13 +71,13 @@ def answer_fault(text: str) -> str:
     such as solutions in words, have no fault of this kind.
     """
     body = text.removesuffix(END_OF_ANSWER).rstrip()
-    boxes = _boxes(body)
-    if not boxes or not text.endswith(END_OF_ANSWER):
+    found = boxes(body)
+    if not found or not text.endswith(END_OF_ANSWER):
         return ""
-    start, end = boxes[-1]
+    start, end = found[-1]
     if "```" in body or _JUNK.search(body) or _IMITATION.search(body) or _TAG.search(body, end):
         return "junk beside the answer"
-    if not all(_AFTER_BOX.match(body, close + 1) for _, close in boxes) or _GLUED.search(body, end + 1):
+    if not all(_AFTER_BOX.match(body, close + 1) for _, close in found) or _GLUED.search(body, end + 1):
         return "text glued to the answer"
     if "\\boxed" in body[end:] or _unpaired(body[:start].count("{") - body[:start].count("}"), body[end + 1 :]):
         return "a brace without its partner"
@@ -122,12 +102,12 @@ def clean_answer(text: str) -> bool:
     matter. Other texts, such as solutions in words, are clean.
     """
     body = text.removesuffix(END_OF_ANSWER).rstrip()
-    boxes = _boxes(body)
-    if not boxes or not text.endswith(END_OF_ANSWER):
+    found = boxes(body)
+    if not found or not text.endswith(END_OF_ANSWER):
         return True
-    if len(boxes) > 1 or answer_fault(text):
+    if len(found) > 1 or answer_fault(text):
         return False
-    tail = body[boxes[0][1] + 1 :]
+    tail = body[found[0][1] + 1 :]
     end, attached = _SENTENCE_END.search(tail), _AFTER_BOX.match(tail)
     if attached is None or _GOES_ON.match(tail, attached.end()) or re.search(r"\w_\w", tail):
         return False
@@ -175,10 +155,8 @@ def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
 
 def parse_solution(text: str) -> Step | Malformed:
     """Read a whole solution in words: its last line names the answer, as in GSM8K's data ("#### 72", "A: 72")."""
-    match = _ANSWER_LINE.match(text.strip().rpartition("\n")[2])
-    if match is None:
-        return Malformed("no answer in the last line")
-    return Step(StepKind.ANSWER, text, answer=_THOUSANDS.sub("", match[1]))
+    answer = last_line_answer(text)
+    return Malformed("no answer in the last line") if answer is None else Step(StepKind.ANSWER, text, answer=answer)
 
 
 def kind_of(text: str) -> StepKind:

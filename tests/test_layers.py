@@ -12,15 +12,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rstar"
 LAYERS = {
     "types": 0, "overrides": 0, "values": 0, "config": 0, "__init__": 0, "calculator": 0,
-    "tree": 1, "prompts": 1, "problems": 1, "sandbox": 1,
-    "tokens": 2, "store": 2, "grading": 2,
-    "engines": 3, "warmup": 3, "ray_training": 3,
-    "search": 4, "extract": 4, "training": 4,
-    "evaluation": 5, "rounds": 5, "machine": 1,
-    "cluster": 6, "stopping": 6, "report": 6,
-    "recipes": 7, "status": 7, "init": 7,
-    "comparison": 8, "doctor": 8,
-    "commands": 9, "cli": 10, "__main__": 11,
+    "tree": 1, "sandbox": 1, "machine": 1,
+    "grading": 2,
+    "prompts": 3, "problems": 3,
+    "tokens": 4, "store": 4,
+    "engines": 5, "warmup": 5, "ray_training": 5,
+    "search": 6, "extract": 6, "training": 6,
+    "evaluation": 7, "rounds": 7,
+    "cluster": 8, "stopping": 8, "report": 8,
+    "recipes": 9, "status": 9, "init": 9,
+    "comparison": 10, "doctor": 10,
+    "commands": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},

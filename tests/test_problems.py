@@ -8,8 +8,9 @@ from itertools import accumulate
 import pytest
 
 from rstar.config import ProblemsSection
+from rstar.grading import normalise as answer_key
 from rstar.problems import BENCHMARKS, ProblemSet, load_benchmark, load_problems, needs_image
-from rstar.problems.agreement import agreeing_answer, answer_key
+from rstar.problems.agreement import agreeing_answer
 from rstar.problems.overlap import Overlap, numbers_key, skeleton_key, text_key
 from rstar.problems.worked import partial_results, worked_solution
 from rstar.types import Problem, UserError
@@ -292,6 +293,32 @@ def test_image_dependent_problems_are_counted_not_trained_on(tmp_path):
     assert load_problems(file_section(write(tmp_path / "x.jsonl", rows))).dropped == {"image": 2}
     assert not needs_image("The figure below [asy] draw((0,0)--(1,1)); [/asy] shows a line.")
     assert not needs_image("Below is a list of figures in a museum. How many are shown?")
+
+
+def test_references_that_no_answer_can_equal_are_counted_with_an_example(tmp_path):
+    essay = "Each day the number of lilies doubles, which we can write as a power of two. Hence the answer is 64."
+    answers = [
+        {"value": 3},
+        float("nan"),
+        essay,
+        "B) 72 apples",
+        "\\boxed{5} because of the second line above",
+        7,
+        [1, 2],
+    ]
+    prose = "We show by induction over the number of edges that every graph of this kind has a path."
+    rows = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate([*answers, prose])]
+    problems = load_problems(file_section(write(tmp_path / "x.jsonl", rows)))
+    assert [p.answer for p in problems.train] == ["64", "B) 72 apples", "5", "7", "1, 2"]
+    assert problems.train[0].solution == essay
+    assert problems.dropped == {"unreadable answer": 3}
+    assert problems.left_out() == ["left out: 3 unreadable answer, the first is x/0: an object (\"{'value': 3}\")"]
+    (tmp_path / "y.csv").write_text("question,answer\na,NaN\n")
+    assert "1 unreadable answer; unreadable answer: y/0: no value ('NaN')" in complaint(
+        file_section(tmp_path / "y.csv")
+    )
+    held = file_section(write(tmp_path / "z.jsonl", sums(2)), heldout_path=str(tmp_path / "x.jsonl"))
+    assert load_problems(held).dropped == {"held-out unreadable answer": 3}
 
 
 # Synthetic problems
