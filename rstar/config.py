@@ -251,7 +251,7 @@ class TrainSection:
     weight_decay: float = 0.1
     batch_size: Positive = 128  # rows per optimizer step, over all processes
     micro_batch_tokens: Positive = field(default=4096, metadata=HOW)  # tokens in one forward pass of a process
-    max_length: Positive = 4096  # tokens of a row
+    max_length: Positive = 4096  # tokens of a row; what is longer is cut off or dropped (training.data)
     max_grad_norm: float = 1.0
     tree_packing: bool = True  # compute shared prefixes once; false: one sequence a row
     tree_rows: Count = 0  # rows of one tree that stay together in an optimizer step; 0: all, up to batch_size
@@ -308,7 +308,7 @@ class DpoSection:
     learning_rate: float = 5e-6
     batch_size: Positive = 32  # pairs of one adapter's optimizer step
     micro_batch_tokens: Positive = 4096  # tokens in one forward pass
-    max_length: Positive = 4096  # tokens of prompt and completion; a longer prompt loses its beginning
+    max_length: Positive = 4096  # tokens of prompt and completion; a longer pair is dropped
     max_grad_norm: float = 1.0
     lora_rank: Positive = 8
     lora_alpha: int = 8

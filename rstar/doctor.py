@@ -138,5 +138,7 @@ def _config(path: str, overrides: Sequence[str]) -> Check:
         found = recipe.check(config)
     except UserError as error:
         return Check("config", False, str(error))
-    counted = "" if found is None else f"{len(found.train)} training problems, {len(found.heldout)} held out"
-    return Check("config", True, f"{counted}; {config.model.base}: model folder and tokenizer fit")
+    counted = (
+        [f"{len(found.train)} training problems, {len(found.heldout)} held out", *found.left_out()] if found else []
+    )
+    return Check("config", True, "; ".join([*counted, f"{config.model.base}: model folder and tokenizer fit"]))

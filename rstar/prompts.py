@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rstar.grading.extract import boxes, last_boxed, last_line_answer
 from rstar.types import PromptText, Step, StepKind
 
 END_OF_STEP = "<end_of_step>"
@@ -25,8 +26,26 @@ STEP_TOKENS = (
 """What the delimiters look like in rendered text; each becomes one token where model.step_tokens is on."""
 SHOWN_OUTPUT_CHARS = 1024  # the official code shows this much of what a program printed
 
-_ANSWER_LINE = re.compile(r"\s*(?:####|A:)\s*(\S.*)")
-_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9])")
+_IMITATION = re.compile(
+    r"<[\s/]{0,3}(?:end_of_(?:step|code|answer|output)|(?:code|output|answer)[\s/]{0,3}>)|<\|\w+\|>", re.I
+)
+"""Our delimiters, misspelt and unfinished ones too, and the control tokens of chat models."""
+_JUNK = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufffd-\uffff]")  # control bytes, halves of characters
+_TAG = re.compile(r"</?\w+>|<(?:/|e|en|end\w*)?$")
+_CLOSING = r"""(?:[]$*)}"'`”’»」』）】]|\\[]})\\]|\\right[].)}]|\\end\{\w+\*?\})"""
+_UNIT = (
+    r"(?:\\?%|°|\\?[$]|[€£¥]|\\degree|\^(?:\\circ|\{\\circ\}|\\degree)"
+    r"|(?:\\(?:text|textrm|mathrm|mbox)\{[^{}]*\}|(?:km/h|mph|[kcm]?m|[km]?g|m?[lL]|ft|min|[hs]|st|nd|rd|th)(?![A-Za-z0-9_]))"
+    r"(?:\^[23]|\^\{[23]\}|[²³])?)"
+)
+_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # letters of scripts that write without spaces
+_AFTER_BOX = re.compile(
+    rf"(?:{_CLOSING}|{_UNIT}|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|[.!?,;:…。！？，；：、])*+"
+    rf"(?:(?=[\s{_UNSPACED}—])|$|(?<=[,;$])(?=\\boxed))"
+)
+_GLUED = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=[0-9]))[.!?,;:]+(?=[A-Za-z_])|(?<!\w)[A-Za-z]\w*_(?![\w{\\])")
+_SENTENCE_END = re.compile(rf"(?:(?<!\.[A-Za-z])(?<![.!?])[.!?]++{_CLOSING}*+(?=\s|$)|[。！？]|\n)(?:{_CLOSING}|\s)*+")
+_GOES_ON = re.compile(r"\s*(?:[-+/=^<>|&]|\*(?!\*)|\\(?:cdot|times|div|pm|pi|sqrt|d?frac)\b)")
 _BRACE = re.compile(r"[{}]")
 _STOP_KIND = {END_OF_STEP: StepKind.STEP, END_OF_CODE: StepKind.CODE, END_OF_ANSWER: StepKind.ANSWER}
 
@@ -38,18 +57,61 @@ class Malformed:
     reason: str
 
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...} in `text`; None if there is none. Linear in the length of the text."""
-    opened: list[int] = []  # where each open brace is
-    found: tuple[int, int] | None = None
-    for brace in _BRACE.finditer(text):
-        if brace.group() == "{":
-            opened.append(brace.start())
-        elif opened:
-            start = opened.pop()
-            if text.endswith("\\boxed", 0, start) and (found is None or start > found[0]):
-                found = start, brace.start()
-    return None if found is None else text[found[0] + 1 : found[1]].strip()
+def answer_fault(text: str) -> str:
+    r"""Why an answer step is malformed for what stands around its boxed answer; empty where nothing is wrong.
+
+    The box holds the whole answer. Directly after it stand only what closes mathematics, markup, quotes or brackets, a
+    unit (`%`, `^\circ`, `\text{ cm}`, `cm`, `th`) and punctuation; then white space or the end (or a letter of a script
+    without spaces, a dash, after a comma another box). Malformed are therefore `\boxed{5}.of_the`, `\boxed{5}words`,
+    `\boxed{5},000`, `\boxed{5}.5`, `\boxed{5}\pi` and `\boxed{5}+3`. After the last box the same goes for words glued
+    by punctuation (`clips.of`) or with a loose underscore (`the_`), tags (`</s>`, `<end`), a brace without its partner
+    and a box that is not closed; anywhere in the step for code fences.
+
+    Words after a space (`\boxed{5} clips in all.`) and further sentences are no fault, see `clean_answer`. Other texts,
+    such as solutions in words, have no fault of this kind.
+    """
+    body = text.removesuffix(END_OF_ANSWER).rstrip()
+    found = boxes(body)
+    if not found or not text.endswith(END_OF_ANSWER):
+        return ""
+    start, end = found[-1]
+    if "```" in body or _JUNK.search(body) or _IMITATION.search(body) or _TAG.search(body, end):
+        return "junk beside the answer"
+    if not all(_AFTER_BOX.match(body, close + 1) for _, close in found) or _GLUED.search(body, end + 1):
+        return "text glued to the answer"
+    if "\\boxed" in body[end:] or _unpaired(body[:start].count("{") - body[:start].count("}"), body[end + 1 :]):
+        return "a brace without its partner"
+    return ""
+
+
+def _unpaired(opened: int, tail: str) -> bool:
+    """Whether `tail` closes more braces than the `opened` ones before it, or leaves one of its own open."""
+    depth = 0
+    for brace in _BRACE.findall(re.sub(r"\\[{}]", "", tail)):
+        depth += 1 if brace == "{" else -1
+        if depth < -max(0, opened):
+            return True
+    return depth > 0
+
+
+def clean_answer(text: str) -> bool:
+    r"""Whether an answer step is fit to be learnt: no fault, one box, and nothing after the sentence that holds it.
+
+    The sentence may have gone on after the answer in words or units (`\boxed{72} clips altogether.`), but not in
+    mathematics or names of variables (`\boxed{5} + 3`, `\boxed{5} total_cost`). Sentences before the answer's do not
+    matter. Other texts, such as solutions in words, are clean.
+    """
+    body = text.removesuffix(END_OF_ANSWER).rstrip()
+    found = boxes(body)
+    if not found or not text.endswith(END_OF_ANSWER):
+        return True
+    if len(found) > 1 or answer_fault(text):
+        return False
+    tail = body[found[0][1] + 1 :]
+    end, attached = _SENTENCE_END.search(tail), _AFTER_BOX.match(tail)
+    if attached is None or _GOES_ON.match(tail, attached.end()) or re.search(r"\w_\w", tail):
+        return False
+    return end is None or end.end() == len(tail)
 
 
 def stops(after: StepKind | None) -> tuple[str, ...]:
@@ -66,32 +128,35 @@ def stops(after: StepKind | None) -> tuple[str, ...]:
 def parse(text: str, *, after: StepKind | None = None) -> Step | Malformed:
     """Read one step as the model wrote it, closing delimiter included.
 
-    `after` is the kind of the step before it (None for the first). Anything that is cut off, empty, out of order or
-    imitates our delimiters is Malformed; only an answer step can carry an answer, and only from its own text.
+    `after` is the kind of the step before it (None for the first). Anything that is cut off, empty, out of order,
+    unreadable or imitates our delimiters is Malformed, and an answer step with a fault too (`answer_fault`); only an
+    answer step can carry an answer, and only from its own text.
     """
     delimiter = next((d for d in _STOP_KIND if text.endswith(d)), None)
     if delimiter is None:
         return Malformed("imitates a delimiter" if text.endswith("<output>") else "cut off")
     kind = _STOP_KIND[delimiter]
     body = text[: -len(delimiter)]
-    if any(d in body for d in DELIMITERS):
+    if _IMITATION.search(body) or any(d in body for d in DELIMITERS):
         return Malformed("imitates a delimiter")
+    if _JUNK.search(body):
+        return Malformed("unreadable characters")
     if not body.strip():
         return Malformed("empty")
     if (after is StepKind.CODE) != (kind is StepKind.ANSWER):
         return Malformed("answer before the code's end" if kind is StepKind.ANSWER else "code after the code's end")
     if kind is StepKind.ANSWER:
-        answer = last_boxed(body)
-        return Malformed("no \\boxed{} answer") if not answer else Step(kind, text, answer=answer)
+        answer, fault = last_boxed(body), answer_fault(text)
+        if not answer or fault:
+            return Malformed(fault or "no \\boxed{} answer")
+        return Step(kind, text, answer=answer)
     return Step(kind, text, code=body)
 
 
 def parse_solution(text: str) -> Step | Malformed:
     """Read a whole solution in words: its last line names the answer, as in GSM8K's data ("#### 72", "A: 72")."""
-    match = _ANSWER_LINE.match(text.strip().rpartition("\n")[2])
-    if match is None:
-        return Malformed("no answer in the last line")
-    return Step(StepKind.ANSWER, text, answer=_THOUSANDS.sub("", match[1]))
+    answer = last_line_answer(text)
+    return Malformed("no answer in the last line") if answer is None else Step(StepKind.ANSWER, text, answer=answer)
 
 
 def kind_of(text: str) -> StepKind:

@@ -354,7 +354,8 @@ def evolve(
         if warning := run.other_versions():
             print(warning, flush=True)
         if problems := recipe.check(config):
-            print(f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out")
+            counted = f"{run.path}: {len(problems.train)} training problems, {len(problems.heldout)} held out"
+            print("\n".join([counted, *problems.left_out()]), flush=True)
         plan = [(stage.round.number, stage.name) for stage in recipe.planned(config) if only(stage)]
         write_json(run.path / "driver.json", {"command": command, "stages": plan})
         with ExitStack() as session:

@@ -109,6 +109,10 @@ class Trajectory:
     q_values: tuple[float, ...]  # in [-1, 1], one per node
     answer: str
     reward: float  # +1 or -1
+    codes: tuple[str, ...] = ()  # what was run, in order
+    multiplicity: float = 1.0  # mean over the steps: samples that had exactly a step's text
+    logprob: float = float("-inf")  # natural log of the path's probability under the policy; -inf where unknown
+    clean: bool = True  # the answer step holds nothing but the answer's sentence (rstar.prompts.clean_answer)
 
     @property
     def mean_q(self) -> float:

@@ -134,6 +134,10 @@ def test_the_doctor_examines_a_config_s_problems_model_and_tokenizer(
     config = str(tmp_path / "mine" / "config.yaml")
     seen = found(config, [f"model.base={tiny_model}"])["config"]
     assert seen.ok and "2 training problems, 1 held out" in seen.detail
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"question": "a?", "answer": 1}\n{"question": "b?", "answer": {"value": 2}}\n')
+    overrides = [f"model.base={tiny_model}", f"problems.path={odd}", "problems.heldout=0"]
+    assert "1 unreadable answer, the first is odd/1: an object" in found(config, overrides)["config"].detail
     seen = found(config, [f"model.base={tmp_path}"])["config"]
     assert not seen.ok and "no config.json" in seen.detail
     broken = tmp_path / "broken"

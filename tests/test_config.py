@@ -26,6 +26,17 @@ def test_every_shipped_config_loads_for_every_round(path: Path) -> None:
         for_round(config, number)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_training_of_a_shipped_config_takes_what_its_search_can_write(path: Path) -> None:
+    _, config = load_config(str(path), ["model.base=named"])
+    for number in range(config.run.rounds + 1):
+        one = for_round(config, number)
+        lengths = {
+            name: getattr(one, name).max_length for name in ("sft", "ppm", "verifier", "dpo") if hasattr(one, name)
+        }
+        assert lengths and min(lengths.values()) >= one.engine.max_context, lengths
+
+
 def test_override_beats_file_beats_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("model: {base: a}\nsearch: {c: 1.0, rollouts: 3}\n")
     (tmp_path / "top.yaml").write_text("base: base.yaml\nsearch: {rollouts: 5}\n")

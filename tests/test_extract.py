@@ -12,7 +12,7 @@ from rstar.extract.outcomes import outcome_rows
 from rstar.extract.preferences import capped, outcome_counts, preference_rows, sibling_pairs
 from rstar.extract.q_values import q_rows
 from rstar.extract.sft import accuracy, sft_rows
-from rstar.extract.trajectories import path_segments, provenance, ranked
+from rstar.extract.trajectories import content, path_segments, provenance, ranked
 from rstar.problems.records import SYNTHETIC
 from rstar.search.mcts import Mcts
 from rstar.search.tree_operations import merge
@@ -84,6 +84,95 @@ async def test_sft_rows_are_distinct_correct_and_carry_borders_and_provenance() 
         ours = [text for text, model in row.segments if not model]
         assert ours == ["<output>v<end_of_output>\n<answer>"]
     assert len(sft_rows([tree, tree], top=9)) == len(sft_rows([tree], top=9))  # the same text twice is one row
+
+
+def solved(*paths: tuple[str, str, dict[str, float]], reward: float = 1.0) -> Tree:
+    """A tree of paths (program, answer step, fields of the answer's node) below the root, all with Q = `reward`."""
+    tree = Tree("p#0", Problem("p", "q", "5"), ("q", "<code>\n"))
+    for program, answer, fields in paths:
+        code = tree.add_child(
+            tree.root, text=f"{program}<end_of_code>", code=program, visit_count=1, value_sum=reward, logprob=-1.0
+        )
+        tree.add_child(
+            code, text=f"{answer}<end_of_answer>", answer="5", terminal=TerminalReason.ANSWER, reward=reward,
+            visit_count=1, value_sum=reward, **fields,
+        )  # fmt: skip
+    return tree
+
+
+def answers_of(tree: Tree, **options: int) -> list[str]:
+    return [row.segments[-1][0].removesuffix("<end_of_answer>") for row in sft_rows([tree], **options)]
+
+
+def test_rows_of_a_problem_are_different_programs() -> None:
+    tree = solved(
+        ("# Step 1\nx = 2 + 3\nprint(x)\n", "\\boxed{5}.", {}),
+        ("# Add them\n\nx = 2+3  # sum\n\nprint( x )", "So \\boxed{5}.", {}),
+        ("x = 5\nprint(x)\n", "We get \\boxed{5}.", {}),
+        ("if True:\n    x = 5\n\n    # done\n    print(x)\n", "It is \\boxed{5}.", {}),
+        ("if True:\n  x = 5\n  print(x)\n", "It has to be \\boxed{5}.", {}),
+    )
+    assert answers_of(tree, top=9) == ["\\boxed{5}.", "We get \\boxed{5}.", "It is \\boxed{5}."]
+    assert len(sft_rows([tree], top=9, by="random")) == 3
+
+
+def test_cut_of_a_program_into_steps_makes_no_second_program() -> None:
+    assert content(["x = 1\n", "# Step 2\ny = 2\n"], "a") == content(["x = 1\ny = 2"], "b")
+    assert content(["x = 1"], "") != content(["x = '1'"], "")
+    assert content(["x = (1"], "") == content(["x  =  (1"], "") != content(["x = [1"], "")  # no Python
+
+
+def test_solutions_in_words_differ_by_their_words() -> None:
+    assert content([], "Two and  three\nis 5.") == content([], "two and three is 5.") != content([], "It is 5.")
+
+
+def test_equal_q_ranks_by_multiplicity_then_log_probability_then_creation() -> None:
+    tree = solved(
+        ("print(5)", "a \\boxed{5}", {"multiplicity": 1, "logprob": -0.5}),
+        ("print(4+1)", "b \\boxed{5}", {"multiplicity": 3, "logprob": -2.0}),
+        ("print(3+2)", "c \\boxed{5}", {"multiplicity": 1, "logprob": -0.1}),
+        ("print(1+4)", "d \\boxed{5}", {"multiplicity": 1}),
+        ("print(2+3)", "e \\boxed{5}", {"multiplicity": 1}),
+    )
+    assert [text[0] for text in answers_of(tree, top=9)] == list("bcade")
+    tree.nodes[-1].value_sum = 2.0  # the mean Q stays first
+    assert answers_of(tree, top=1) == ["e \\boxed{5}"]
+
+
+def test_answer_that_goes_on_is_a_row_only_where_there_is_no_cleaner_one() -> None:
+    going_on = ("print(5)", "\\boxed{5}. That is it.", {"multiplicity": 9})
+    assert answers_of(solved(going_on)) == ["\\boxed{5}. That is it."]
+    assert answers_of(solved(going_on, ("print(2+3)", "\\boxed{5}.", {}))) == ["\\boxed{5}."]
+
+
+def test_answers_of_old_trees_that_are_malformed_now_give_no_rows() -> None:
+    tree = solved(("print(5)", "\\boxed{5}.of_the_answer_to_", {}))
+    assert sft_rows([tree]) == [] and outcome_rows(tree) == [] and outcome_counts(tree)[0] == (0, 0)
+
+
+def test_pairs_have_different_programs_on_their_sides() -> None:
+    tree = solved(("# a\nprint(6-1)", "\\boxed{5}.", {}))
+    for program, answer in (("#  b\nprint(6 - 1)", "\\boxed{6}."), ("print(6)", "\\boxed{6}.")):
+        other = solved((program, answer, {}), reward=-1.0)
+        code = tree.add_child(tree.root, **{k: getattr(other.nodes[1], k) for k in ("text", "code", "value_sum")})
+        code.visit_count = 1
+        leaf = ("text", "answer", "value_sum", "visit_count", "reward", "terminal")
+        tree.add_child(code, **{k: getattr(other.nodes[2], k) for k in leaf})
+    for rows in (
+        preference_rows(tree, min_edit_distance=0, answer_pairs=False),
+        [row for row in preference_rows(tree, min_margin=9, min_edit_distance=0) if row.kind == "answer"],
+    ):
+        assert len(rows) == 1 and "print(6)" in rows[0].rejected
+
+
+def test_chosen_answers_are_clean_where_there_are_clean_ones() -> None:
+    tree = solved(("print(5)", "\\boxed{5}. That is it.", {}))
+    for text, reward in (("\\boxed{5}.", 1.0), ("\\boxed{6}.", -1.0), ("\\boxed{5}.of_the", 1.0)):
+        tree.add_child(
+            tree.nodes[1], text=f"{text}<end_of_answer>", answer=text[7], terminal=TerminalReason.ANSWER,
+            reward=reward, visit_count=1, value_sum=reward,
+        )  # fmt: skip
+    assert [r.chosen for r in preference_rows(tree, min_edit_distance=0)] == ["\\boxed{5}.<end_of_answer>"]
 
 
 async def test_random_choice_takes_correct_solutions_regardless_of_q_and_the_same_ones_every_time() -> None:

@@ -391,12 +391,17 @@ def test_served_log_probabilities_change_with_an_update_and_are_the_trainers(tin
     assert abs(after[0] - before[0]) > 1e-2 and after[1:] == pytest.approx(before[1:], abs=1e-5)
 
 
-def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt(trainer: AdapterTrainer) -> None:
-    whole = encode_pair(PAIRS[0], trainer.encoder, 1000)
-    cut = encode_pair(PAIRS[0], trainer.encoder, max(len(whole.chosen), len(whole.rejected)) - 3)
-    assert cut.start == whole.start - 3 and cut.chosen.tolist() == whole.chosen[3:].tolist()
-    with pytest.raises(UserError, match="completion"):
-        encode_pair(PAIRS[0], trainer.encoder, 4)
+def test_pairs_that_are_too_long_are_dropped_and_counted(trainer: AdapterTrainer, monkeypatch: Any) -> None:
+    whole = [encode_pair(pair, trainer.encoder, 1000) for pair in PAIRS]
+    longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in whole if pair is not None)
+    kept = [encode_pair(pair, trainer.encoder, longest - 1) for pair in PAIRS]
+    assert None not in whole and 0 < kept.count(None) < len(PAIRS)
+    monkeypatch.setattr(trainer, "section", replace(trainer.section, max_length=longest - 1))
+    step = trainer.step("answer", PAIRS)
+    assert (step.pairs, step.dropped) == (len(PAIRS) - kept.count(None), kept.count(None))
+    monkeypatch.setattr(trainer, "section", replace(trainer.section, max_length=4))
+    with pytest.raises(UserError, match=r"rows are longer than dpo\.max_length=4"):
+        trainer.step("answer", PAIRS)
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------

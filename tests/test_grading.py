@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from rstar.config import SandboxSection
 from rstar.grading import Grader, extract_answer, is_equivalent_fast, normalise
 from rstar.grading.exact import integer_root
+from rstar.grading.extract import last_line_answer, reference_answer, why_unreadable
 from rstar.grading.work import begin
 from rstar.sandbox import Sandbox
+from tests.benchmarks.grading import CASE_FILES, gsm8k_verdicts, wrong_cases
 
-CASES = json.loads((Path(__file__).parent / "data" / "grading_cases.json").read_text(encoding="ascii"))
+DATA = Path(__file__).parent / "data"
+CASES = json.loads((DATA / "grading_cases.json").read_text(encoding="ascii"))
 LATEX = st.text(alphabet="0123456789.,-+*/^_(){}[]\\ $%abcxyi=<>:;&|!", max_size=60)
 PIECES = st.lists(
     st.sampled_from(
@@ -43,6 +46,10 @@ def answer_of(case):
     return extract_answer(case["output"]) if case.get("extract") else case["output"]
 
 
+def pair(case):
+    return case["output"], case["reference"]
+
+
 def describe(case):
     return f"{case['source']}: {case['output'][:60]!r} for {case['reference'][:60]!r}"
 
@@ -65,14 +72,66 @@ def test_the_fast_path_agrees_with_every_labelled_case():
 async def test_the_whole_grader_agrees_with_every_labelled_case_behind_the_wall():
     async with Sandbox(SandboxSection(processes=1)) as sandbox:
         grader = Grader(sandbox)
-        wrong = []
-        for case in CASES:
-            answer = answer_of(case)
-            verdict = answer is not None and await grader.is_equivalent(answer, case["reference"])
-            if verdict is not case["expected"]:
-                wrong.append(f"{describe(case)} gave {verdict}")
+        wrong = [line for path in CASE_FILES for line in await wrong_cases(path, grader)]
     assert not wrong, "\n".join(wrong)
     assert grader.symbolic_calls >= sum(1 for case in CASES if case.get("symbolic")) // 2
+
+
+def test_equality_has_no_direction_but_for_choices():
+    for case in CASES:
+        choices = "choice" in case["source"] or len(case["reference"]) == 1
+        if not choices and not case.get("extract") and case["reference"] != "1(2)":
+            forth, back = (is_equivalent_fast(*p) for p in (pair(case), pair(case)[::-1]))
+            assert {forth, back} != {True, False}, describe(case)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("48/2=24\n#### 1,024", "1024"),
+        ("so $\\boxed{\\frac12}$.", "\\frac12"),
+        ("It grows, as was shown in class, by a factor of two each day.\n\nHence the answer is 64.", "64"),
+        ("\\boxed 7", "7"),
+        ("\\boxed{7", ""),
+        ("x > 3", "x > 3"),
+    ],
+)
+def test_a_reference_is_cut_to_the_answer_that_it_states(text, answer):
+    assert reference_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("reference", "why"),
+    [
+        ("{'value': 3}", "an object"), ('{"value": 3}', "an object"), ("[{'value': 3}]", "an object"),
+        ("nan", "no value"), ("NaN", "no value"), ("None", "no value"),
+        ("We prove this by induction over the number of vertices that the graph in question has.",
+         "prose without a stated answer"),
+        ("{1, 2}", ""), ("\\{1,2\\}", ""), ("{x: 3}", ""), ("B) 72 apples", ""), ("no solution", ""),
+        ("\\frac{\\sin x}{\\cos x} + \\ln 2 \\text{ square meters}", ""),
+    ],
+)  # fmt: skip
+def test_a_reference_that_no_answer_can_equal_is_known_by_its_text(reference, why):
+    assert why_unreadable(reference) == why
+
+
+def test_released_gsm8k_solutions_are_read_from_their_last_line(tmp_path):
+    def sample(solution, right):
+        return {"solution": solution, "is_correct": right}
+
+    records = [
+        {"question": "a", "ground_truth": "2*600=1200\nA: 1,200", "6b": sample("x\nA: 1200", True),
+         "175b": sample("A: 7\nno answer", False)},
+        {"question": "b", "ground_truth": "A: 5", "6b": sample("A: 4\nA: 5 apples", True),
+         "175b": sample("A: 5.0", False)},
+    ]  # fmt: skip
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert gsm8k_verdicts(path) == {
+        "6b": {"solved": 2, "differ": 0, "by_value": 2},
+        "175b": {"solved": 0, "differ": 0, "by_value": 1},
+    }
+    assert last_line_answer("A: 3\nbut then") is None
 
 
 async def test_a_runaway_symbolic_grading_ends_at_its_limit_and_counts_as_ungradable():

@@ -12,16 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rstar"
 LAYERS = {
     "types": 0, "config": 0, "__init__": 0, "calculator": 0, "stopping": 0,
-    "tree": 1, "prompts": 1, "problems": 1, "sandbox": 1, "machine": 1,
-    "tokens": 2, "store": 2, "grading": 2,
-    "engines": 3, "warmup": 3, "ray_training": 3, "call": 3,
-    "search": 4, "extract": 4, "training": 4,
-    "evaluation": 5, "manifest": 5,
-    "cluster": 6, "report": 6,
-    "run": 7, "status": 7, "init": 7,
-    "recipes": 8,
-    "comparison": 9, "doctor": 9,
-    "commands": 10, "cli": 11, "__main__": 12,
+    "tree": 1, "sandbox": 1, "machine": 1,
+    "grading": 2,
+    "prompts": 3, "problems": 3,
+    "tokens": 4, "store": 4,
+    "engines": 5, "warmup": 5, "ray_training": 5, "call": 5,
+    "search": 6, "extract": 6, "training": 6,
+    "evaluation": 7, "manifest": 7,
+    "cluster": 8, "report": 8,
+    "run": 9, "status": 9, "init": 9,
+    "recipes": 10,
+    "comparison": 11, "doctor": 11,
+    "commands": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip
 ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},

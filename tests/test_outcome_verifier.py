@@ -136,6 +136,21 @@ def test_a_completion_and_its_reference_stay_in_one_optimizer_step(
     assert all(k + 1 in batch for batch in batches for k in batch if k % 2 == 0)
 
 
+def test_completions_that_are_too_long_are_cut_or_where_only_their_end_is_scored_dropped(
+    tiny_model: Path, outcomes: list[OutcomeRow]
+) -> None:
+    whole = encoded(tiny_model, outcomes, [])
+    longest = max(row.tokens for row in whole)
+    cut = encoded(tiny_model, outcomes, [], max_length=longest - 1)
+    for before, after in zip(whole, cut, strict=True):
+        assert after.paths[0].tolist() == before.paths[0][: longest - 1].tolist()
+        assert after.scored.tolist() == [place for place in before.scored if place < longest - 1]
+    left = encoded(tiny_model, outcomes, [], max_length=longest - 1, level="solution")
+    assert [row.name for row in left] == [row.name for row in whole if row.tokens < longest]
+    with pytest.raises(UserError, match="rows are longer than max_length=4"):
+        encoded(tiny_model, outcomes, [], max_length=4)
+
+
 # -- the loss --------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ COMMON = {
     "extract": {"sft_top": 2, "positives": 2, "negatives": 2, "min_margin": 0.5, "min_edit_distance": 20,
                 "min_synthetic_accuracy": 0.5, "answer_pairs": True},
     "sft": {"epochs": 2, "batch_size": 128, "max_length": 4096, "weight_decay": 0.1, "warmup_ratio": 0.0},
-    "ppm": {"epochs": 1, "batch_size": 512, "learning_rate": 7e-6, "max_length": 2048, "score_scale": 5.0,
+    "ppm": {"epochs": 1, "batch_size": 512, "learning_rate": 7e-6, "max_length": 4096, "score_scale": 5.0,
             "loss": "pairwise", "heldout": 0.05, "tanh_in_loss": False},
     "eval": {"candidates": 32, "trajectories": 8, "rollouts": 12},
     "problems": {"limit": 747_000, "min_agreement": 3},

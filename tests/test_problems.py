@@ -1,13 +1,18 @@
 import json
+import math
+import re
 import time
+from fractions import Fraction
+from itertools import accumulate
 
 import pytest
 
 from rstar.config import ProblemsSection
+from rstar.grading import normalise as answer_key
 from rstar.problems import BENCHMARKS, ProblemSet, load_benchmark, load_problems, needs_image
-from rstar.problems.agreement import agreeing_answer, answer_key
+from rstar.problems.agreement import agreeing_answer
 from rstar.problems.overlap import Overlap, numbers_key, skeleton_key, text_key
-from rstar.problems.worked import worked_solution
+from rstar.problems.worked import partial_results, worked_solution
 from rstar.types import Problem, UserError
 
 FAMILIES = {
@@ -290,6 +295,32 @@ def test_image_dependent_problems_are_counted_not_trained_on(tmp_path):
     assert not needs_image("Below is a list of figures in a museum. How many are shown?")
 
 
+def test_references_that_no_answer_can_equal_are_counted_with_an_example(tmp_path):
+    essay = "Each day the number of lilies doubles, which we can write as a power of two. Hence the answer is 64."
+    answers = [
+        {"value": 3},
+        float("nan"),
+        essay,
+        "B) 72 apples",
+        "\\boxed{5} because of the second line above",
+        7,
+        [1, 2],
+    ]
+    prose = "We show by induction over the number of edges that every graph of this kind has a path."
+    rows = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate([*answers, prose])]
+    problems = load_problems(file_section(write(tmp_path / "x.jsonl", rows)))
+    assert [p.answer for p in problems.train] == ["64", "B) 72 apples", "5", "7", "1, 2"]
+    assert problems.train[0].solution == essay
+    assert problems.dropped == {"unreadable answer": 3}
+    assert problems.left_out() == ["left out: 3 unreadable answer, the first is x/0: an object (\"{'value': 3}\")"]
+    (tmp_path / "y.csv").write_text("question,answer\na,NaN\n")
+    assert "1 unreadable answer; unreadable answer: y/0: no value ('NaN')" in complaint(
+        file_section(tmp_path / "y.csv")
+    )
+    held = file_section(write(tmp_path / "z.jsonl", sums(2)), heldout_path=str(tmp_path / "x.jsonl"))
+    assert load_problems(held).dropped == {"held-out unreadable answer": 3}
+
+
 # Synthetic problems
 
 
@@ -501,3 +532,70 @@ def test_most_generated_word_problems_get_a_program():
     worked = [worked_solution(problem) for problem in problems]
     assert sum(w is not None for w in worked) >= 120
     assert sum(len(w.steps) >= 2 for w in worked if w is not None) >= 80
+
+
+EVERY_FAMILY = {
+    name: {"family": name, "count": 30, "heldout": 10, "settings": settings}
+    for name, settings in {
+        "chain_sum": {"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 2},
+        "products": {"min_terms": 2, "max_terms": 3, "max_digits": 2},
+        "basic_arithmetic": {"min_terms": 3, "max_terms": 5, "max_digits": 1},
+        "lcm": {"max_numbers": 3},
+        "gcd": {"max_numbers": 3},
+        "simple_equations": {},
+        "gsm_symbolic": {},
+    }.items()
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_no_generated_problem_is_answered_by_half_a_solution_or_a_number_of_its_question(seed: int) -> None:
+    problems = generated(families=EVERY_FAMILY, seed=seed)
+    assert (len(problems.train), len(problems.heldout)) == (30 * 7, 10 * 7) and problems.dropped["partial-result"]
+    for problem in (*problems.train, *problems.heldout):
+        answer, shown = Fraction(problem.answer), [Fraction(n) for n in re.findall(r"[0-9]+", problem.question)]
+        assert answer not in partial_results(problem) and answer not in shown, problem
+        match problem.source:
+            case "chain_sum":  # told apart here by other means than partial_results does
+                terms = re.search(r"[0-9]+(?: [-+] [0-9]+)+", problem.question)
+                assert terms is not None
+                sums = list(accumulate(int(term) for term in re.findall(r"[-+]?[0-9]+", terms[0].replace(" ", ""))))
+                assert sums[-1] == answer and answer not in sums[:-1], problem
+            case "products":
+                assert answer not in accumulate(shown[:-1], lambda a, b: a * b), problem
+            case "lcm":
+                assert answer != math.prod(int(n) for n in shown), problem
+            case "gcd":
+                assert len(shown) < 3 or answer != math.gcd(int(shown[0]), int(shown[1])), problem
+
+
+@pytest.mark.parametrize(
+    ("family", "question", "answer", "values"),
+    [
+        ("chain_sum", "State the final answer: 79 + 40 + 78 + 31 - 31 =", "197", {79, 119, 197, 228}),
+        ("basic_arithmetic", "Calculate 2 + 3 * 4 - 1.", "13", {2, 5, 14, 20, 12}),
+        ("basic_arithmetic", "Calculate 9 - ( 6 + 4 ) / 2.", "4", {3, 5, 10}),
+        ("basic_arithmetic", "Calculate -( 3 - 8 ) * 1.", "5", {-3, -11, -5, 5}),
+        ("products", "Solve: 6 * 3 * 10.", "180", {18, 6}),
+        ("lcm", "Find the Least Common Multiple (LCM) of these numbers: 6, 35", "210", {210, 6, 35}),
+        ("lcm", "Find the Least Common Multiple (LCM) of these numbers: 4, 6, 3", "12", {12, 72}),
+        ("gcd", "Find the Greatest Common Divisor (GCD) of these numbers: 12, 18, 10", "2", {6}),
+        ("gcd", "Find the Greatest Common Divisor (GCD) of these numbers: 12, 36", "12", {12, 36}),
+        ("simple_equations", "Solve for k: 5*k - 10 = 40", "10", {5, 50, 40, 10}),
+    ],
+)
+def test_partial_results_of_generated_families(family: str, question: str, answer: str, values: set[int]) -> None:
+    assert values <= partial_results(Problem("p", question, answer, family))
+
+
+def test_partial_results_of_word_problems_are_those_of_their_solution_and_of_pairs_of_numbers() -> None:
+    solution = "He eats 4 + 8 + 2 = 14 tacos a day.\nThat is 14 * 30 = 420 tacos.\n#### 420"
+    problem = Problem("p", "4, 8 and 2 tacos a day. How many in a month?", "420", "gsm_symbolic", solution=solution)
+    found = partial_results(problem)
+    assert {14, 12, 4, 8, 2, 30, 4 * 8, 8 - 4, Fraction(1, 2)} <= found and 420 not in found
+    one_step = Problem("p", "4 and 8 tacos. How many?", "12", "gsm_symbolic", solution="4 + 8 = 12\n#### 12")
+    assert partial_results(one_step) == {4, 8}
+
+
+def test_problems_of_other_sources_have_no_partial_results_that_are_known() -> None:
+    assert partial_results(Problem("p", "What is 1 + 1?", "2", "letter_counting")) == set()

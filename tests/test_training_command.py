@@ -29,7 +29,7 @@ def test_rows_train_a_policy_and_trees_its_ppm(
             tree.complete = True
             writer.append(tree)
     assert train("policy", tmp_path / "sft.jsonl", tiny_model, tmp_path / "policy") == 0
-    assert "12 rows (0 truncated), 3 steps" in capsys.readouterr().out
+    assert "12 rows (0 truncated, 0 dropped), 3 steps" in capsys.readouterr().out
     assert train("ppm", tmp_path, tmp_path / "policy", tmp_path / "ppm", "extract.min_margin=0.1") == 0
     assert "training pairs" in capsys.readouterr().out
     assert train("policy", tmp_path, tiny_model, tmp_path / "second") == 0

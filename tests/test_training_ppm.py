@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rstar.config import PpmSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import micro_batches
-from rstar.training.data import encode_pair, encode_q_values
+from rstar.training.data import encode_outcome, encode_pair, encode_q_values
 from rstar.training.losses import pairwise_losses, q_losses
 from rstar.training.models import give_pad_token, load_ppm
 from rstar.training.ppm import ScoreLoss, held_out_problems, pair_metrics, train_ppm
@@ -111,19 +111,18 @@ def test_rows_of_the_wrong_kind_are_refused(tiny_model: Path, tmp_path: Path) ->
         train_ppm(outcome_rows(), str(tiny_model), tmp_path / "v", dataclasses.replace(QUICK, loss="hinge"), seed=0)
 
 
-def test_a_long_solution_is_scored_at_the_steps_that_are_left(tiny_model: Path) -> None:
+def test_a_long_solution_is_scored_at_the_steps_that_fit(tiny_model: Path) -> None:
     encoder = SegmentEncoder(load_tokenizer(tiny_model))
     row = q_rows()[0]
     whole = encode_q_values(row, encoder, 1000)
     assert whole.labels.tolist() == list(row.q_values) and not whole.truncated
     for place, step in zip(whole.scored, row.steps, strict=True):
         assert encoder.tokenizer.decode(whole.paths[0][: place + 1]).endswith(step[-1])
-    room = len(encoder.encode([text for step in row.steps for text in step])) - 1  # the first step no longer fits
-    cut = encode_q_values(row, encoder, room)
-    assert cut.truncated and cut.paths[0].tolist() == encoder.encode([t for step in row.steps[1:] for t in step])
-    assert cut.labels.tolist() == list(row.q_values[1:]) and cut.scored[-1] == len(cut.paths[0]) - 1
-    last = encode_q_values(row, encoder, 5)  # not even the last step fits whole
-    assert last.labels.tolist() == [row.q_values[-1]] and last.scored.tolist() == [4]
+    second = int(whole.scored[1]) + 1
+    cut = encode_q_values(row, encoder, second + 1)  # the third step does not fit whole
+    assert cut.truncated and cut.paths[0].tolist() == whole.paths[0][:second].tolist()
+    assert cut.labels.tolist() == list(row.q_values[:2]) and cut.scored.tolist() == whole.scored[:2].tolist()
+    assert encode_q_values(row, encoder, int(whole.scored[0])) is None  # not even the first
     with pytest.raises(UserError, match="3 steps and 2 Q-values"):
         encode_q_values(dataclasses.replace(row, q_values=(0.0, 0.5)), encoder, 1000)
 
@@ -133,14 +132,17 @@ def test_no_pairs_stop_before_a_model_is_loaded(tmp_path: Path) -> None:
         train_ppm([], "/nowhere", tmp_path / "v", QUICK, seed=0)
 
 
-def test_long_pairs_lose_the_same_segments_and_still_share_their_prefix(tiny_model: Path) -> None:
+def test_pairs_and_outcomes_that_are_too_long_are_dropped_and_counted(tiny_model: Path, tmp_path: Path) -> None:
     encoder = SegmentEncoder(load_tokenizer(tiny_model))
-    row = next(row for row in pair_rows() if len(row.chosen_segments) > 1)
-    whole = encode_pair(row, encoder, 1000)
-    cut = encode_pair(row, encoder, min(len(path) for path in whole.paths) - 1)
-    assert cut.truncated and not whole.truncated
-    assert cut.paths[0].tolist() == encoder.encode([*row.prompt_segments[1:], *row.chosen_segments])
-    assert cut.paths[1].tolist() == encoder.encode([*row.prompt_segments[1:], *row.rejected_segments])
+    row, outcome = pair_rows()[0], outcome_rows()[0]
+    longest = max(len(path) for path in encode_pair(row, encoder, 1000).paths)
+    assert encode_pair(row, encoder, longest) is not None and encode_pair(row, encoder, longest - 1) is None
+    end = len(encode_outcome(outcome, encoder, 1000).paths[0])
+    assert encode_outcome(outcome, encoder, end) is not None and encode_outcome(outcome, encoder, end - 1) is None
+    section, rows = dataclasses.replace(QUICK, max_length=longest, epochs=1), [row, row]
+    long = dataclasses.replace(row, rejected_segments=(*row.rejected_segments, "one word more"))
+    found = train_ppm([*rows, long], str(tiny_model), tmp_path / "v", section, seed=0)
+    assert (found.training.rows, found.training.dropped) == (2, 1)
 
 
 def test_no_problem_is_on_both_sides_and_few_problems_are_not_split() -> None:

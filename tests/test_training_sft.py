@@ -79,19 +79,31 @@ def test_a_solution_that_does_not_end_with_own_text_gets_no_end_token(tiny_model
     assert encode_sft(row, encoder, 1000).paths[0][-1] != encoder.tokenizer.eos_token_id
 
 
-def test_long_rows_lose_segments_from_the_left(tiny_model: Path) -> None:
+def test_a_long_solution_is_cut_at_its_end_and_learns_no_end_token(tiny_model: Path) -> None:
     encoder = SegmentEncoder(load_tokenizer(tiny_model))
     row = sft_rows()[0]
     whole = encode_sft(row, encoder, 1000)
-    room = len(whole.paths[0]) - 1
-    cut = encode_sft(row, encoder, room)
-    assert not whole.truncated and cut.truncated
-    kept = [*row.prompt_segments[1:], *(text for text, _ in row.segments)]
-    assert cut.paths[0].tolist() == [*encoder.encode(kept), encoder.tokenizer.eos_token_id]
-    assert cut.trained.sum() == whole.trained.sum()
-    tail = encode_sft(row, encoder, 5)  # shorter than the last segment
-    assert len(tail.paths[0]) == 5 == len(tail.trained) and tail.truncated
-    assert tail.paths[0].tolist() == whole.paths[0][-5:].tolist()
+    assert whole is not None and not whole.truncated
+    question = len(encoder.encode(row.prompt_segments))
+    for room in range(question + 1, len(whole.paths[0])):
+        cut = encode_sft(row, encoder, room)
+        assert cut is not None and cut.truncated and cut.trained.any()
+        assert cut.paths[0].tolist() == whole.paths[0][:room].tolist()
+        assert cut.trained.tolist() == whole.trained[:room].tolist()
+    for room in range(2, question + 1):
+        assert encode_sft(row, encoder, room) is None  # nothing is trained without its whole question
+
+
+def test_rows_whose_question_does_not_fit_are_dropped_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    rows = sft_rows()
+    long = dataclasses.replace(rows[0], prompt_segments=("a long question " * 200, *rows[0].prompt_segments))
+    section = dataclasses.replace(QUICK, max_length=400)
+    result = train_policy([*rows, long], str(tiny_model), tmp_path / "with", section, seed=0)
+    assert (result.rows, result.truncated, result.dropped) == (len(rows), 0, 1)
+    train_policy(rows, str(tiny_model), tmp_path / "without", section, seed=0)
+    assert curve(tmp_path / "with") == curve(tmp_path / "without")
+    with pytest.raises(UserError, match="all 1 rows are longer than max_length=400"):
+        train_policy([long], str(tiny_model), tmp_path / "none", section, seed=0)
 
 
 def test_packed_and_plain_rows_give_the_same_curve(tiny_model: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from rstar.config import (
     to_dict,
 )
 from rstar.evaluation import EvalRecord
-from rstar.problems import BENCHMARKS, load_benchmark, needs_image
+from rstar.problems import BENCHMARKS, load_benchmark, needs_image, unreadable
 from rstar.problems.records import Fields, read_problems
 from rstar.recipes import load_config
 from rstar.recipes.base_model import absolute, base_model
@@ -168,6 +168,8 @@ def load_questions(text: str, section: ProblemsSection, limit: int) -> tuple[Que
             problems = load_benchmark(name)  # says which name is nearest
         if len({p.id for p in problems}) < len(problems):
             raise UserError(f"{item} has two problems with one id", need="one id per problem")
+        if lost := unreadable(problems):
+            print(f"{item}: no answer can equal {len(lost)} of {len(problems)} references, the first is {lost[0]}")
         identity = digest([(p.id, p.question, p.answer) for p in problems])
         whole = name in BENCHMARKS and len(problems) == BENCHMARKS[name].size and not 0 < limit < len(problems)
         column = BENCHMARKS[name].column if whole else ""

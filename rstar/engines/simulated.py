@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from rstar import prompts
 from rstar.engines.stop_and_continue import stop_and_continue
+from rstar.grading.extract import last_boxed
 from rstar.types import Generation, PromptText, SamplingParams, Usage
 
 Script = Callable[[str, int, int], str]
@@ -167,7 +168,7 @@ def arithmetic_script(prompt: str, seed: int, index: int) -> str:
 def arithmetic_score(text: str) -> float:
     """Judge a path of arithmetic_script with noise, in [-1, 1]: positive on average where all its terms are right."""
     work = _read(text)
-    boxed = prompts.last_boxed(text) if text.rstrip().endswith(prompts.END_OF_ANSWER) else None
+    boxed = last_boxed(text) if text.rstrip().endswith(prompts.END_OF_ANSWER) else None
     right = work.done == work.plan[: len(work.done)]
     if work.printed is not None:
         right = right and len(work.done) == len(work.plan) and boxed in (None, work.printed)

@@ -8,18 +8,29 @@ from dataclasses import replace
 
 from rapidfuzz.distance import Levenshtein
 
-from rstar.extract.trajectories import path_segments, provenance, ranked, trajectories
+from rstar.extract.trajectories import (
+    Content,
+    content,
+    distinct,
+    graded_answers,
+    path_segments,
+    provenance,
+    ranked,
+    trajectories,
+    trajectory_content,
+)
+from rstar.prompts import clean_answer
 from rstar.tree import Node, Tree
-from rstar.types import PreferenceRow, TerminalReason, Trajectory
+from rstar.types import PreferenceRow, Trajectory
 
 
 def outcome_counts(tree: Tree) -> list[tuple[int, int]]:
     """Per node: (correct answers, wrong answers) in its subtree, itself included. Other terminals count as neither."""
     correct, wrong = [0] * len(tree.nodes), [0] * len(tree.nodes)
+    for leaf in graded_answers(tree):
+        correct[leaf.id] += leaf.reward == 1.0
+        wrong[leaf.id] += leaf.reward == -1.0
     for node in reversed(tree.nodes):  # children were created after their parents
-        if node.terminal is TerminalReason.ANSWER:
-            correct[node.id] += node.reward == 1.0
-            wrong[node.id] += node.reward == -1.0
         if node.parent is not None:
             correct[node.parent] += correct[node.id]
             wrong[node.parent] += wrong[node.id]
@@ -58,6 +69,8 @@ def preference_rows(
 ) -> list[PreferenceRow]:
     """Pairs of one tree: at every prefix with both outcomes below it, then whole trajectories for the final answer.
 
+    No pair has the same program on both sides, nor the same words where nothing is run (trajectories.content): it would
+    teach comments. No chosen side ends in an answer step that is not clean, where a clean one is right as well.
     Weights are 1 / (pairs that survive the filters at a prefix).
     """
     counts = outcome_counts(tree)
@@ -69,10 +82,11 @@ def preference_rows(
         pairs = [
             (chosen, rejected)
             for chosen, rejected in sibling_pairs(
-                tree.children(node), counts, positives=positives, negatives=negatives, widen=widen
+                _cleanest(tree.children(node), counts), counts, positives=positives, negatives=negatives, widen=widen
             )
             if chosen.q_value - rejected.q_value >= min_margin
             and Levenshtein.distance(chosen.text, rejected.text) >= min_edit_distance
+            and _content(chosen) != _content(rejected)
         ]
         prefix = tree.prompt + tuple(text for text, _ in path_segments(tree, node))
         skip = len(prefix) - len(tree.prompt)
@@ -110,8 +124,9 @@ def capped(trees: Sequence[Sequence[PreferenceRow]], most: int) -> list[Preferen
 def _answer_rows(tree: Tree, positives: int, negatives: int, taken: set[tuple[int, int]]) -> list[PreferenceRow]:
     """Whole trajectories: highest mean Q among the correct x lowest among the wrong; the prefix need not be shared."""
     found = ranked(trajectories(tree))
-    good = [t for t in found if t.reward == 1.0][:positives]
-    bad = [t for t in reversed(found) if t.reward == -1.0][:negatives]
+    right = [t for t in found if t.reward == 1.0]
+    good = distinct([t for t in right if t.clean] or right)[:positives]
+    bad = distinct(t for t in reversed(found) if t.reward == -1.0)[:negatives]
     return [
         _row(
             tree,
@@ -124,8 +139,21 @@ def _answer_rows(tree: Tree, positives: int, negatives: int, taken: set[tuple[in
         )
         for g in good
         for b in bad
-        if g.mean_q > b.mean_q and (g.node_ids[-1], b.node_ids[-1]) not in taken
+        if g.mean_q > b.mean_q
+        and (g.node_ids[-1], b.node_ids[-1]) not in taken
+        and trajectory_content(g) != trajectory_content(b)
     ]
+
+
+def _cleanest(siblings: Sequence[Node], counts: Sequence[tuple[int, int]]) -> list[Node]:
+    """The siblings without right answers that are not clean, where there are clean ones."""
+    right = [n for n in siblings if n.answer is not None and counts[n.id][0]]
+    unclean = {n.id for n in right if not clean_answer(n.text)}
+    return [n for n in siblings if n.id not in unclean or len(unclean) == len(right)]
+
+
+def _content(node: Node) -> Content:
+    return content(() if node.code is None else (node.code,), node.text)
 
 
 def _row(

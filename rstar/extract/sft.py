@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from rstar.extract.trajectories import provenance, ranked, trajectories
+from rstar.extract.trajectories import distinct, graded_answers, provenance, ranked, trajectories
 from rstar.problems.records import SYNTHETIC
 from rstar.tree import Tree
 from rstar.types import SftRow, UserError
@@ -17,9 +17,11 @@ def sft_rows(
     """Rows of one problem from all its trees (several seeds): the `top` distinct correct trajectories.
 
     They are the best `by` "mean_q", or taken at "random": the same ones every time, each answer leaf as likely as any.
+    Where some answer steps are clean, the others are left out (prompts.clean_answer).
 
-    Distinct means by their whole text. Every step of an answer path ran without an error, so nothing has to be
-    dropped afterwards (the official code drops texts that contain "error", good ones too). Rows that share a prefix
+    Distinct means different programs, whatever their comments, spacing and answer sentences; solutions that run nothing
+    differ by their words (trajectories.content). Every step of an answer path ran without an error, so nothing has to
+    be dropped afterwards (the official code drops texts that contain "error", good ones too). Rows that share a prefix
     count in full, each with weight 1: training computes the prefix once and sums its loss over the rows.
 
     A synthetic problem with a smaller share of correct answers than `min_synthetic_accuracy` gives none: its reference
@@ -29,8 +31,7 @@ def sft_rows(
         return []
     by_id = {tree.tree_id: tree for tree in trees}
     correct = [t for tree in trees for t in trajectories(tree) if t.reward == 1.0]
-    rows: list[SftRow] = []
-    seen: set[str] = set()
+    correct = [t for t in correct if t.clean] or correct
     match by:
         case "mean_q":
             correct = ranked(correct)
@@ -38,17 +39,14 @@ def sft_rows(
             random.Random(trees[0].problem.id if trees else "").shuffle(correct)
         case _:
             raise UserError(f"extract.sft_by={by}", need="mean_q or random")
-    for trajectory in correct:
-        completion = "".join(text for text, _ in trajectory.segments)
-        if completion in seen or len(rows) == top:
-            continue
-        seen.add(completion)
+    rows: list[SftRow] = []
+    for trajectory in distinct(correct)[:top]:
         tree = by_id[trajectory.tree_id]
         source, node_ids = provenance(tree, trajectory.node_ids)
         rows.append(
             SftRow(
                 prompt="".join(tree.prompt),
-                completion=completion,
+                completion="".join(text for text, _ in trajectory.segments),
                 segments=trajectory.segments,
                 prompt_segments=tree.prompt,
                 problem_id=tree.problem.id,
@@ -61,6 +59,6 @@ def sft_rows(
 
 def accuracy(trees: Sequence[Tree]) -> float:
     """Share of correct ones among the graded answers of one problem's trees, each sample counted; 0 without answers."""
-    graded = [leaf for tree in trees for leaf in tree.answers() if leaf.reward is not None]
+    graded = [leaf for tree in trees for leaf in graded_answers(tree)]
     correct = sum(leaf.multiplicity for leaf in graded if leaf.reward == 1.0)
     return correct / max(1, sum(leaf.multiplicity for leaf in graded))

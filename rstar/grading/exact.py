@@ -10,9 +10,11 @@ nesting, terms, bits, and what they cost together: arithmetic is paid for before
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rstar.grading.expressions import Algebra, Hopeless, Unreadable
 from rstar.grading.work import charge
 
 MAX_TERMS = 128
@@ -20,19 +22,12 @@ MAX_BITS = 16_384  # 3^2007 has 3,182
 MAX_RADICAND = 10**12
 MAX_POLY_POWER = 12
 MAX_FACTORIAL = 200
+MAX_DEGREE = 64  # of a root
 
 Monomial = tuple[int, int, tuple[tuple[str, int], ...]]
 Poly = dict[Monomial, Fraction]
 
 _ONE: Monomial = (1, 0, ())
-
-
-class Unreadable(Exception):
-    """Not in the fragment that is decided here; another path may know."""
-
-
-class Hopeless(Exception):
-    """Beyond the bounds, or no mathematics at all (1/0, an open bracket, `1 2`): nobody is to evaluate it."""
 
 
 @dataclass(frozen=True)
@@ -214,15 +209,20 @@ def _times(left: Poly, right: Poly) -> Poly:
 
 
 def power(base: Quotient, exponent: Quotient) -> Quotient:
-    """base ** exponent for integer exponents and 1/2."""
+    """base ** exponent for integer exponents, and for fractions where the root is exact."""
     power = exponent.rational()
     if power is None:
         raise Unreadable("an exponent with symbols")
-    if power == Fraction(1, 2):
-        return square_root(base)
     if power.denominator != 1:
-        raise Unreadable("a fractional exponent")
-    count = abs(power.numerator)
+        positive = (known := base.rational()) is not None and known >= 0
+        if power.denominator > MAX_DEGREE or not (positive or abs(power.numerator) == 1):
+            raise Unreadable("a fractional exponent")
+        return root(_whole_power(base, power.numerator), constant(power.denominator))
+    return _whole_power(base, power.numerator)
+
+
+def _whole_power(base: Quotient, exponent: int) -> Quotient:
+    count = abs(exponent)
     bits = max((_bits(c) for poly in (base.numerator, base.denominator) for c in poly.values()), default=1)
     single = len(base.numerator) <= 1 and len(base.denominator) == 1
     if count > 10**6 or bits * count > MAX_BITS * 2 or (not single and count > MAX_POLY_POWER):
@@ -236,7 +236,7 @@ def power(base: Quotient, exponent: Quotient) -> Quotient:
         n >>= 1
         if n:
             square = square * square
-    return result if power >= 0 else constant(1) / result
+    return result if exponent >= 0 else constant(1) / result
 
 
 def _bits(value: Fraction) -> int:
@@ -299,23 +299,47 @@ def integer_root(n: int, degree: int) -> int | None:
         root = below
 
 
-def factorial(value: Quotient) -> Quotient:
-    """n! for a whole number up to MAX_FACTORIAL."""
-    n = value.rational()
-    if n is None or n.denominator != 1 or n < 0:
-        raise Unreadable("a factorial")
-    if n > MAX_FACTORIAL:
-        raise Hopeless("a factorial")
-    charge(5)
-    return constant(math.factorial(n.numerator))
+def root(value: Quotient, degree: Quotient) -> Quotient:
+    """The real root of a rational number where it is rational, too; any square root of one."""
+    n, radicand = degree.rational(), value.rational()
+    if n == 2:
+        return square_root(value)
+    if n is None or radicand is None or n.denominator != 1 or not 2 < n <= MAX_DEGREE:
+        raise Unreadable("a root")
+    top, bottom = (integer_root(part, int(n)) for part in (radicand.numerator, radicand.denominator))
+    if top is None or bottom is None:
+        raise Unreadable("a root that is not rational")
+    return constant(Fraction(top, bottom))
 
 
-def binomial(top: Quotient, bottom: Quotient) -> Quotient:
-    """n choose k for whole numbers, n up to 1,000."""
-    n, k = top.rational(), bottom.rational()
-    if n is None or k is None or n.denominator != 1 or k.denominator != 1 or n < 0 or k < 0:
-        raise Unreadable("a binomial")
-    if n > 1000:
-        raise Hopeless("a binomial")
-    charge(20)
-    return constant(math.comb(n.numerator, k.numerator))
+def function(name: str, values: Sequence[Quotient]) -> Quotient:
+    """The functions that are exact here: roots, e to a whole power, absolute values, whole parts, factorials."""
+    match name:
+        case "sqrt":
+            return square_root(values[0])
+        case "root":
+            return root(*values)
+        case "exp":
+            return power(symbol("e"), values[0])
+    numbers = [value.rational() for value in values]
+    match name, numbers:
+        case "abs", [Fraction() as x]:
+            return constant(abs(x))
+        case "floor", [Fraction() as x]:
+            return constant(math.floor(x))
+        case "ceil", [Fraction() as x]:
+            return constant(math.ceil(x))
+        case "factorial", [Fraction(denominator=1) as x] if x >= 0:
+            if x > MAX_FACTORIAL:
+                raise Hopeless("a factorial")
+            charge(5)
+            return constant(math.factorial(x.numerator))
+        case "binomial", [Fraction(denominator=1) as n, Fraction(denominator=1) as k] if n >= 0 and k >= 0:
+            if n > 1000:
+                raise Hopeless("a binomial")
+            charge(20)
+            return constant(math.comb(n.numerator, k.numerator))
+    raise Unreadable(name)
+
+
+EXACT = Algebra(constant, symbol, power, function, Quotient.rational)

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rstar.config import ProblemsSection
+from rstar.grading import why_unreadable
 from rstar.problems.benchmarks import BENCHMARKS, Benchmark, load_benchmark, nearest_benchmark
 from rstar.problems.generated import generate
 from rstar.problems.overlap import Overlap, needs_image, text_key
 from rstar.problems.records import Fields, read_problems
 from rstar.types import Problem, UserError
 
-__all__ = ["BENCHMARKS", "Benchmark", "ProblemSet", "load_benchmark", "load_problems", "needs_image"]
+__all__ = ["BENCHMARKS", "Benchmark", "ProblemSet", "load_benchmark", "load_problems", "needs_image", "unreadable"]
 
 MAX_QUESTION_CHARS = 20_000  # longer than any problem's statement; a longer one is counted as too-long
 
@@ -34,10 +35,20 @@ class ProblemSet:
     train: tuple[Problem, ...]
     heldout: tuple[Problem, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Left out, by reason: duplicate, same-numbers, disagreement, contaminated, unparsable, image, too-long, level,
-    limit."""
+    """Left out, by reason: duplicate, same-numbers, partial-result, disagreement, contaminated, unreadable answer, image,
+    too-long, level, limit."""
     contaminated: tuple[tuple[str, str], ...] = ()
     """(id of a removed training problem, name of the set it overlaps with), for the manifest."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """The first problem left out of a file for each reason found in it: its id, and what is wrong with its answer."""
+
+    def left_out(self) -> list[str]:
+        """A line for each reason, with its example."""
+        return [
+            f"left out: {count} {reason}"
+            + (f", the first is {self.examples[reason]}" if reason in self.examples else "")
+            for reason, count in self.dropped.items()
+        ]
 
 
 def load_problems(section: ProblemsSection) -> ProblemSet:
@@ -49,17 +60,16 @@ def load_problems(section: ProblemsSection) -> ProblemSet:
     if section.heldout < 0 or section.limit < 0:
         raise UserError("problems.heldout or problems.limit is negative", need="0 or more")
     dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     if section.name == "reasoning_gym":
         pool, heldout = generate(section, dropped)
         templated = True
     else:
         records = _records(section)
-        pool, templated = _clean(records, dropped), False
+        pool, templated = _clean(records, dropped, examples), False
         heldout = []
     if section.heldout_path:
-        left_out: Counter[str] = Counter()
-        heldout = _clean(_read_file(section.heldout_path, section, "heldout"), left_out)
-        dropped.update({f"held-out {reason}": count for reason, count in left_out.items()})
+        heldout = _clean(_read_file(section.heldout_path, section, "heldout"), dropped, examples, "held-out ")
     elif not templated:
         pool, heldout = _split(pool, section)
     kept, contaminated = _decontaminate(pool, heldout, section, templated)
@@ -72,9 +82,10 @@ def load_problems(section: ProblemsSection) -> ProblemSet:
         kept = kept[: section.limit]
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "the source is empty"
+        why += "".join(f"; {reason}: {example}" for reason, example in examples.items() if "unreadable" in reason)
         raise UserError(f"no training problems left ({why})", need="at least one", how="see the `problems` section")
     counts = {reason: count for reason, count in sorted(dropped.items()) if count}
-    return ProblemSet(tuple(kept), tuple(heldout), counts, tuple(contaminated))
+    return ProblemSet(tuple(kept), tuple(heldout), counts, tuple(contaminated), examples)
 
 
 def _records(section: ProblemsSection) -> list[Problem]:
@@ -106,8 +117,17 @@ def _fields(section: ProblemsSection) -> Fields:
     )
 
 
-def _clean(problems: Iterable[Problem], dropped: Counter[str]) -> list[Problem]:
-    """Problems without repeats, in order; ids are unique afterwards."""
+def unreadable(problems: Iterable[Problem]) -> list[str]:
+    """The problems whose reference no answer can equal: id, reason and how the reference begins."""
+    return [
+        f"{problem.id}: {why} ({problem.answer[:60]!r})"
+        for problem in problems
+        if (why := why_unreadable(problem.answer))
+    ]
+
+
+def _clean(problems: Iterable[Problem], dropped: Counter[str], examples: dict[str, str], of: str = "") -> list[Problem]:
+    """Problems without repeats, in order; ids are unique afterwards. Reasons are counted with `of` before them."""
     by_id: dict[str, str] = {}
     texts: set[str] = set()
     kept: list[Problem] = []
@@ -116,18 +136,24 @@ def _clean(problems: Iterable[Problem], dropped: Counter[str]) -> list[Problem]:
         if by_id.get(problem.id, key) != key:
             raise UserError(f"two different problems have the id {problem.id!r}", need="one id per problem")
         by_id[problem.id] = key
-        if key in texts:
-            dropped["duplicate"] += 1
-        elif len(problem.question) > MAX_QUESTION_CHARS:
-            dropped["too-long"] += 1
-        elif needs_image(problem.question):
-            dropped["image"] += 1
-        elif not problem.answer:  # only synthetic problems come without: readers refuse the others
-            dropped["disagreement"] += 1
-        else:
-            kept.append(problem)
+        reason = _flaw(problem) if key not in texts else "duplicate"
         texts.add(key)
+        if not reason:
+            kept.append(problem)
+            continue
+        dropped[of + reason] += 1
+        examples.setdefault(of + reason, next(iter(unreadable([problem])), problem.id))
     return kept
+
+
+def _flaw(problem: Problem) -> str:
+    if len(problem.question) > MAX_QUESTION_CHARS:
+        return "too-long"
+    if needs_image(problem.question):
+        return "image"
+    if not problem.answer:  # only synthetic problems come without: readers refuse the others
+        return "disagreement"
+    return "unreadable answer" if why_unreadable(problem.answer) else ""
 
 
 def _split(pool: list[Problem], section: ProblemsSection) -> tuple[list[Problem], list[Problem]]:

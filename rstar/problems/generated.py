@@ -7,7 +7,8 @@ A family at one difficulty is a level:
       words:     {family: gsm_symbolic, level: "3", count: 60, heldout: 8}
 
 Without `level` the level is the family's label. Held-out problems come from other seeds and are made first; a training
-problem never shares their text, nor the numbers of one of its family's.
+problem never shares their text, nor the numbers of one of its family's. No problem's answer is a number that its
+question shows, or a partial result (worked.partial_results): half a solution must not be right by luck.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from rstar.config import ProblemsSection
 from rstar.problems.overlap import numbers_key, skeleton_key, text_key
+from rstar.problems.worked import partial_results
 from rstar.types import Problem, UserError
 
 DEFAULT_FAMILIES: dict[str, dict[str, Any]] = {
@@ -147,7 +149,10 @@ def _distinct(
     texts: set[str],
     taken_numbers: set[tuple[str, ...]],
 ) -> list[Problem]:
-    """The first `count` problems of the stream that repeat nothing. Adds their texts to `texts`."""
+    """The first `count` problems of the stream that repeat nothing and that luck does not solve.
+
+    Adds their texts to `texts`.
+    """
     problems: list[Problem] = []
     skeletons: set[tuple[str, ...]] = set()
     if not count:
@@ -157,18 +162,21 @@ def _distinct(
         item = next(stream)
         question, answer = str(item["question"]).strip(), str(item["answer"]).strip()
         text, skeleton = text_key(question), skeleton_key(question)
+        cot = str(item["metadata"].get("answer_cot", ""))
+        ident = f"{family.label}/{split}/{len(problems)}"
+        problem = Problem(ident, question, answer, family.family, family.level, cot)
         if not _is_number(answer):
             dropped["unparsable"] += 1
         elif text in texts:
             dropped["duplicate"] += 1
         elif skeleton in skeletons or numbers_key(question) in taken_numbers:
             dropped["same-numbers"] += 1
+        elif Fraction(answer) in partial_results(problem):
+            dropped["partial-result"] += 1
         else:
             texts.add(text)
             skeletons.add(skeleton)
-            cot = item["metadata"].get("answer_cot", "")
-            ident = f"{family.label}/{split}/{len(problems)}"
-            problems.append(Problem(ident, question, answer, family.family, family.level, str(cot)))
+            problems.append(problem)
             if len(problems) == count:
                 return problems
     raise UserError(

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rstar.problems.agreement import agreeing_answer, answer_key
+from rstar.grading import is_equivalent_fast, reference_answer
+from rstar.problems.agreement import agreeing_answer
 from rstar.types import Problem, UserError
 
 SYNTHETIC = "synthetic"
@@ -73,10 +74,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
 def to_problem(record: Mapping[str, object], fields: Fields, source: str, number: int, where: str) -> Problem:
     """One record as a Problem; `where` names it in complaints.
 
-    An answer in GSM8K's form ("... #### n") or a worked solution with \\boxed{} is cut to its final answer and kept
-    whole as the solution. A list of answers becomes "a, b" (all of them, in any order). A record with
-    `fields.answers` is synthetic: its answer is the one that enough of them agree on, and that its own answer, where it
-    has one, agrees with; "" where there is none.
+    An answer in GSM8K's form ("... #### n"), a worked solution with \\boxed{} or prose that states one is cut to its
+    final answer and kept whole as the solution. A list of answers becomes "a, b" (all of them, in any order). A record
+    with `fields.answers` is synthetic: its answer is the one that enough of them agree on, and that its own answer,
+    where it has one, agrees with; "" where there is none.
     """
     question = _text(_first(record, (fields.question, *fields.more_questions), where, "question"))
     if fields.answers and record.get(fields.answers):
@@ -85,7 +86,7 @@ def to_problem(record: Mapping[str, object], fields: Fields, source: str, number
     solution = _text(record.get(fields.solution)) if fields.solution != fields.question else ""
     if not question.strip():
         raise UserError(f"{where} has no question", need=f"text in its field {fields.question!r}")
-    final = final_answer(answer)
+    final = reference_answer(answer)
     if final != answer.strip():
         solution = solution or answer
     if not final:
@@ -99,9 +100,9 @@ def _synthetic(
     attempts = record[fields.answers]
     if not isinstance(attempts, list | tuple) or not question:
         raise UserError(f"{where} is no synthetic problem", need=f"a question, and a list in {fields.answers!r}")
-    agreed = agreeing_answer([final_answer(_text(one)) for one in attempts], fields.min_agreement) or ""
-    own = final_answer(_text(record.get(fields.answer)))
-    if own and answer_key(own) != answer_key(agreed):
+    agreed = agreeing_answer([reference_answer(_text(one)) for one in attempts], fields.min_agreement) or ""
+    own = reference_answer(_text(record.get(fields.answer)))
+    if own and not is_equivalent_fast(agreed, own):
         agreed = ""
     return Problem(_ident(record, source, number), question, agreed, SYNTHETIC, _level(record, fields))
 
@@ -113,25 +114,6 @@ def _ident(record: Mapping[str, object], source: str, number: int) -> str:
 
 def _level(record: Mapping[str, object], fields: Fields) -> str:
     return _text(record.get(fields.level)).removeprefix("Level ")
-
-
-def final_answer(text: str) -> str:
-    """The final answer inside a reference: after GSM8K's last "####", in the last \\boxed{}, after MetaMath's last "The
-    answer is:" (which it puts below those two as well), or the text itself."""
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0].strip().replace(",", "")
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return text.rpartition("The answer is:")[2].strip()
-    brace = text.find("{", start)
-    if brace < 0:
-        return text[start:].partition(" ")[2].split("$")[0].strip()
-    depth = 0
-    for i in range(brace, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[brace + 1 : i].strip()
-    return ""
 
 
 def _first(record: Mapping[str, object], names: Sequence[str], where: str, what: str) -> object:

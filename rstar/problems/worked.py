@@ -6,6 +6,8 @@ Word problems follow the calculations of their own solution: GSM8K's annotations
 A line becomes a step, a result a variable named after what the line calls it; a number that equals an earlier result,
 and is none of the question's, is used by that name. Generated families have templates. Every program is run here, by an
 evaluator of arithmetic (no exec), and is kept only if it prints exactly the answer.
+
+    partial_results(problem) -> what half a solution ends with: generated problems whose answer it is are not used
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import permutations
 
 from rstar.calculator import annotate, evaluate
 from rstar.types import Problem
@@ -34,30 +37,11 @@ _EQUALS = re.compile(rf"=\s*({_NUMBER})(?!\s*[-+*(]|\s*/\s*[0-9(]|\.?[0-9])")
 _EXPRESSION = re.compile(rf"[-(\s]*{_NUMBER}%?[)\s]*(?:[-+*/][(\s]*{_NUMBER}%?[)\s]*)+$")
 _UNIT = re.compile(r"/?(?<![0-9.])\b[A-Za-z][A-Za-z'-]*(?:/[A-Za-z]+)*")
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "•": " "} | dict.fromkeys("$€£,"))
-_EMPTY_WORDS = frozenset(
-    {
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "is",
-        "are",
-        "was",
-        "were",
-        "to",
-        "so",
-        "he",
-        "she",
-        "it",
-        "they",
-        "has",
-        "have",
-        "had",
-    }
-    | {"that", "this", "there", "then", "for", "and", "on", "at", "because", "his", "her", "their", "since", "if", "we"}
-    | {"will", "would", "each", "total", "be", "by", "with", "means", "therefore", "per", "x", "s"}
-)
+_EMPTY_WORDS = frozenset({
+    "a", "an", "the", "of", "in", "is", "are", "was", "were", "to", "so", "he", "she", "it", "they", "has", "have",
+    "had", "that", "this", "there", "then", "for", "and", "on", "at", "because", "his", "her", "their", "since", "if",
+    "we", "will", "would", "each", "total", "be", "by", "with", "means", "therefore", "per", "x", "s",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -346,4 +330,88 @@ _TEMPLATES: dict[str, Callable[[Problem], list[Step]]] = {
     "lcm": _multiple,
     "gcd": _divisor,
     "simple_equations": _equation,
+}
+
+
+# Partial results of generated families: what half a solution ends with, and the numbers that the question shows
+
+
+def partial_results(problem: Problem) -> set[Fraction]:
+    """Values that a generated problem shows or that a solution reaches on its way, before the end.
+
+    Where the answer is among them, a solution that stops early, or copies a number, is right by luck. Families that
+    the table below does not name have none that are known.
+    """
+    find = _PARTIAL_RESULTS.get(problem.source)
+    return set() if find is None else _shown(problem) | find(problem)
+
+
+def _shown(problem: Problem) -> set[Fraction]:
+    return {Fraction(number) for number in re.findall(_NUMBER, problem.question.replace(",", ""))}
+
+
+def _parts(problem: Problem) -> set[Fraction]:
+    """Sums, products and mixed arithmetic: the parts of the expression."""
+    return _parts_of(_expression_of(problem))
+
+
+def _parts_of(expression: str) -> set[Fraction]:
+    """The values of an expression's proper parts: its operands and brackets, and its beginnings without brackets.
+
+    A beginning has two values, with the precedence of operators and read from left to right: `2 + 3 * 4 - 1` begins
+    with 2, 5, 14 and 20.
+    """
+    try:
+        whole = ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError:
+        return set()
+    inner = [ast.unparse(node) for node in ast.walk(whole) if isinstance(node, ast.expr) and node is not whole]
+    terms = re.findall(rf"(?:^|[-+*/]+)[-+]*{_NUMBER}", re.sub(r"[\s()]", "", expression))
+    straight = ["".join(terms[:k]) for k in range(1, len(terms))]
+    in_order = ["(" * k + ")".join(terms[: k + 1]) for k in range(1, len(terms) - 1)]
+    return {value for text in [*inner, *straight, *in_order] if (value := evaluate(text)) is not None}
+
+
+def _multiples(problem: Problem) -> set[Fraction]:
+    """Least common multiples: those of the first numbers, and the product, which still has to be divided."""
+    numbers = [int(number) for number in re.findall(r"[0-9]+", problem.question.rpartition(":")[2])]
+    return {Fraction(math.prod(numbers)), *(Fraction(math.lcm(*numbers[:k])) for k in range(1, len(numbers)))}
+
+
+def _divisors(problem: Problem) -> set[Fraction]:
+    """Greatest common divisors: those of the first numbers."""
+    numbers = [int(number) for number in re.findall(r"[0-9]+", problem.question.rpartition(":")[2])]
+    return {Fraction(math.gcd(*numbers[:k])) for k in range(1, len(numbers))}
+
+
+def _sides(problem: Problem) -> set[Fraction]:
+    """Linear equations: the factor, and the right side with the constants."""
+    steps = _equation(problem)
+    return {Fraction(value) for value in list(run("\n".join(code for _, code in steps)).values())[:-1]}
+
+
+def _story(problem: Problem) -> set[Fraction]:
+    """Word problems: the results of the solution's calculations and of their parts, and what any two numbers of the
+    question give by one operation (where the solution has more than one)."""
+    found = [
+        (_tidy(expression), value)
+        for line in problem.solution.split("\n")
+        for expression, value, _, _ in _line_calculations(line.translate(_SIGNS))
+    ]
+    values = [value for _, value in found]
+    if values and values[-1] == Fraction(problem.answer):
+        values.pop()
+    parts = {part for expression, _ in found for part in _parts_of(expression)}
+    pairs = permutations(_shown(problem), 2) if len(found) > 1 else ()
+    return parts.union(values, *({a + b, a - b, a * b, a / (b or 1)} for a, b in pairs))
+
+
+_PARTIAL_RESULTS: dict[str, Callable[[Problem], set[Fraction]]] = {
+    "chain_sum": _parts,
+    "products": _parts,
+    "basic_arithmetic": _parts,
+    "lcm": _multiples,
+    "gcd": _divisors,
+    "simple_equations": _sides,
+    "gsm_symbolic": _story,
 }

@@ -62,7 +62,7 @@ from rstar.recipes.measuring import problem_trees, search_passes, tree_counts, w
 from rstar.recipes.rows import reference_rows
 from rstar.recipes.training import check_loads_checkpoints, fine_tune
 from rstar.recipes.verification import curve, evaluated
-from rstar.report.progress import TrainingProgress
+from rstar.report.progress import TrainingProgress, say_dropped
 from rstar.run import Artifact, Counts, Here, Recipe, Run
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import shards, write_rows
@@ -327,6 +327,7 @@ def train_verifier(
         result = train_verifier(
             rows, solutions, body, here.output("verifier"), verifier, seed=run_seed, on_progress=progress
         )
+    say_dropped(here.title, result.training.dropped, verifier.max_length)
     return {"rows": len(rows), **asdict(result)}
 
 

@@ -60,9 +60,9 @@ def train_from_files(options: Namespace) -> str:
         else:
             found = train_ppm(rows, folder, output, section, **more)
             result, after = found.training, found.heldout_after or found.train_after
-    text = f"{output}: {result.rows} rows ({result.truncated} truncated), {result.steps} steps, "
-    text += f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {result.seconds:.0f} s\n"
+    text = f"{output}: {result.rows} rows ({result.truncated} truncated, {result.dropped} dropped), "
+    text += f"{result.steps} steps, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, {result.seconds:.0f} s\n"
     if after is not None:
-        side = "held-out" if result.rows < len(rows) else "training"
+        side = "held-out" if found.heldout_after else "training"
         text += f"pair accuracy {after.accuracy:.3f} on {after.pairs} {side} pairs\n"
     return text + f"metrics: {result.metrics}"

@@ -13,7 +13,7 @@ from rstar.config import (
     TrainSection,
     WarmupSection,
 )
-from rstar.report.progress import TrainingProgress
+from rstar.report.progress import TrainingProgress, say_dropped
 from rstar.types import SftRow, UserError
 
 
@@ -23,7 +23,9 @@ def fine_tune(rows: Path, base: str, output: Path, section: TrainSection, seed: 
     from rstar.training.sft import train_policy
 
     with TrainingProgress(title) as progress:
-        return asdict(train_policy(read_rows(rows, SftRow), base, output, section, seed=seed, on_progress=progress))
+        result = train_policy(read_rows(rows, SftRow), base, output, section, seed=seed, on_progress=progress)
+    say_dropped(title, result.dropped, section.max_length)
+    return asdict(result)
 
 
 def scorer_training(rows: Path, base: str, output: Path, section: PpmSection, seed: int, title: str) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def scorer_training(rows: Path, base: str, output: Path, section: PpmSection, se
     found: Any = read_rows(rows, row_kind(section.loss))
     with TrainingProgress(title) as progress:
         result = train_ppm(found, base, output, section, seed=seed, on_progress=progress)
+    say_dropped(title, result.training.dropped, section.max_length)
     return {"rows": len(found), **asdict(result)}
 
 

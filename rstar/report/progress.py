@@ -215,3 +215,9 @@ def _count(state: Mapping[str, Any]) -> str:
 def _time(state: Mapping[str, Any]) -> str:
     eta = state["eta_seconds"]
     return f"{duration(state['seconds'])} so far" + (f", {duration(eta)} left" if eta is not None else "")
+
+
+def say_dropped(title: str, dropped: int, max_length: int) -> None:
+    """Print how many rows a training has left out, where it has."""
+    if dropped:
+        print(f"{title}: {dropped} rows dropped, longer than max_length={max_length} tokens", flush=True)

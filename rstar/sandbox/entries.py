@@ -8,7 +8,7 @@ from __future__ import annotations
 
 ENTRIES: dict[str, str] = {
     "echo": "rstar.sandbox.entries:echo",
-    "grade": "rstar.sandbox.grade_entry:grade",
+    "grade": "rstar.grading.symbolic:grade",
 }
 
 

@@ -1,7 +1,11 @@
 """Row files -> rows -> token paths.
 
 A row becomes one path of tokens (a solution) or two (chosen and rejected of a pair), tokenised segment by segment as
-the engines do. Rows longer than the limit lose segments from the left: what is scored or trained last stays.
+the engines do.
+
+No row loses any of its question to `max_length`. A solution whose tokens are trained is cut at its right end, and has
+no end token then: what is left of it is right to learn. A row that is scored at its last token (pairs, outcomes) is
+dropped where it is too long, and so is one whose question leaves no room for anything to train.
 
 A path's tokens are trained on (a policy's rows), or the scores at some of its places are (all others).
 """
@@ -66,7 +70,7 @@ class EncodedRow:
     scored: Ids  # places of paths[0] whose scores are terms of the loss; empty where tokens are trained
     labels: Floats  # one per scored place: outcome, Q-value, or a pair's Q margin
     weight: float  # of each term
-    truncated: bool
+    truncated: bool  # lost the end of its solution to max_length
 
     @property
     def tokens(self) -> int:
@@ -78,42 +82,48 @@ class EncodedRow:
         return len(self.scored) or int(self.trained.sum())
 
 
-def encode_sft(row: SftRow | OutcomeRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
-    """Path of a solution; targets are the tokens of the model's own segments and an end token after an own last one."""
+def encode_sft(row: SftRow | OutcomeRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow | None:
+    """Path of a solution; targets are the tokens of the model's own segments and an end token after an own last one.
+
+    What is over `max_length` is cut off at the right. None where the question leaves no room for a target.
+    """
     prompt = row.prompt_segments or (row.prompt,)
-    segments = (*prompt, *(text for text, _ in row.segments))
     own = [False] * len(prompt) + [mine for _, mine in row.segments]
     name = _name(row.tree_id, row.node_ids)
     if not any(own):
         raise UserError(f"row {name} has nothing that the model wrote", need="at least one own segment")
-    end_token = encoder.tokenizer.eos_token_id if own[-1] else None
-    (ids,), (ends,), truncated = _fit((segments,), encoder, max_length - (end_token is not None))
-    trained = np.repeat(np.array(own), np.diff(np.maximum([0, *ends], 0)))
-    if end_token is not None:
-        ids, trained = np.append(ids, end_token), np.append(trained, True)
+    ids, ends = _path((*prompt, *(text for text, _ in row.segments)), encoder)
+    trained = np.repeat(np.array(own), np.diff([0, *ends]))
+    if own[-1]:
+        ids, trained = np.append(ids, encoder.tokenizer.eos_token_id), np.append(trained, True)
+    truncated = len(ids) > max_length
+    ids, trained = ids[:max_length], trained[:max_length]
     trained[0] = False  # nothing comes before it that could predict it
+    if truncated and not trained.any():
+        return None
     return EncodedRow(name, row.tree_id, row.problem_id, (ids,), trained, _NOWHERE, _NO_LABEL, row.weight, truncated)
 
 
-def encode_pair(row: PreferenceRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
-    """Paths of chosen and rejected; both lose the same segments where one is too long, so they still share a prefix."""
+def encode_pair(row: PreferenceRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow | None:
+    """Paths of chosen and rejected, scored at their last tokens; None where one is over `max_length`."""
     prompt = row.prompt_segments or (row.prompt,)
-    chosen = (*prompt, *(row.chosen_segments or (row.chosen,)))
-    rejected = (*prompt, *(row.rejected_segments or (row.rejected,)))
-    paths, _, truncated = _fit((chosen, rejected), encoder, max_length)
+    sides = (row.chosen_segments or (row.chosen,), row.rejected_segments or (row.rejected,))
+    paths = tuple(_path((*prompt, *side), encoder)[0] for side in sides)
+    if max(map(len, paths)) > max_length:
+        return None
     last, margin = np.array([len(paths[0]) - 1]), np.array([row.q_margin])
     name = _name(row.tree_id, row.node_ids)
-    return EncodedRow(name, row.tree_id, row.problem_id, paths, _NOT_TRAINED, last, margin, row.weight, truncated)
+    return EncodedRow(name, row.tree_id, row.problem_id, paths, _NOT_TRAINED, last, margin, row.weight, False)
 
 
-def encode_outcome(row: OutcomeRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
-    """Path of a labelled solution, scored at its last token."""
+def encode_outcome(row: OutcomeRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow | None:
+    """Path of a labelled solution, scored at its last token; None where that is over `max_length`."""
     segments = (*(row.prompt_segments or (row.prompt,)), *(text for text, _ in row.segments))
     return _scored(row, segments, [len(segments)], [row.label], encoder, max_length)
 
 
-def encode_q_values(row: QValueRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow:
-    """Path of a solution, scored at the last token of each step; steps that are cut off leave no term behind."""
+def encode_q_values(row: QValueRow, encoder: SegmentEncoder, max_length: int) -> EncodedRow | None:
+    """Path of a solution, scored at the last token of each step within `max_length`; None where there is none."""
     if len(row.q_values) != len(row.steps) or not row.steps:
         raise UserError(
             f"row {_name(row.tree_id, row.node_ids)} has {len(row.steps)} steps and {len(row.q_values)} Q-values",
@@ -132,13 +142,16 @@ def _scored(
     labels: Sequence[float],
     encoder: SegmentEncoder,
     max_length: int,
-) -> EncodedRow:
-    """One path; its prefix of counts[i] segments is scored against labels[i]."""
-    (ids,), (ends,), truncated = _fit((segments,), encoder, max_length)
+) -> EncodedRow | None:
+    """One path; its prefix of counts[i] segments is scored against labels[i], and it ends with the last one scored."""
+    ids, ends = _path(segments, encoder)
     places, label, name = ends[np.asarray(counts) - 1] - 1, np.array(labels, float), _name(row.tree_id, row.node_ids)
-    kept = places >= 0
+    kept = places < max_length
+    if not kept.any():
+        return None
+    ids = ids[:max_length] if kept.all() else ids[: places[kept][-1] + 1]
     return EncodedRow(
-        name, row.tree_id, row.problem_id, (ids,), _NOT_TRAINED, places[kept], label[kept], 1.0, truncated
+        name, row.tree_id, row.problem_id, (ids,), _NOT_TRAINED, places[kept], label[kept], 1.0, not kept.all()
     )
 
 
@@ -148,36 +161,35 @@ _NO_LABEL = np.zeros(0, dtype=np.float64)
 
 
 def encode_rows(
-    rows: Sequence[R], encode: Callable[[R, SegmentEncoder, int], EncodedRow], encoder: SegmentEncoder, max_length: int
+    rows: Sequence[R],
+    encode: Callable[[R, SegmentEncoder, int], EncodedRow | None],
+    encoder: SegmentEncoder,
+    max_length: int,
 ) -> list[EncodedRow]:
-    """All rows as token paths. Raises UserError where the limit is no length at all."""
+    """The rows that fit as token paths. Raises UserError where none does."""
     if max_length < 2:
         raise UserError(f"max_length {max_length}", need="at least 2 tokens")
-    return [encode(row, encoder, max_length) for row in rows]
+    encoded = [path for row in rows if (path := encode(row, encoder, max_length)) is not None]
+    if rows and not encoded:
+        raise too_long(len(rows), max_length)
+    return encoded
 
 
-def _fit(
-    candidates: Sequence[tuple[str, ...]], encoder: SegmentEncoder, room: int
-) -> tuple[tuple[Ids, ...], tuple[Ids, ...], bool]:
-    """Token paths of at most `room` tokens, where each segment ends in its path (<= 0: dropped), whether any was cut.
-
-    The same number of leading segments is dropped from all candidates. Where a last segment alone is too long, its end
-    is kept.
-    """
-    dropped = 0
-    while True:
-        encoded = [encoder.encode_with_borders(segments[dropped:]) for segments in candidates]
-        fits = all(len(e.ids) <= room for e in encoded)
-        if fits or any(len(segments) - dropped == 1 for segments in candidates):
-            break
-        dropped += 1
-    paths = tuple(np.array(e.ids[-room:], dtype=np.int64) for e in encoded)
-    if not all(len(path) for path in paths):
-        raise UserError("a row without any token", need="non-empty prompt and completion")
-    ends = tuple(
-        np.array([*[0] * dropped, *e.ends]) - (len(e.ids) - len(path)) for e, path in zip(encoded, paths, strict=True)
+def too_long(rows: int, max_length: int, setting: str = "max_length") -> UserError:
+    """The error for a set of rows none of which fits."""
+    return UserError(
+        f"all {rows} rows are longer than {setting}={max_length} tokens",
+        need="room for a question and what follows it",
+        how=f"raise {setting} to the engine's max_context",
     )
-    return paths, ends, dropped > 0 or not fits
+
+
+def _path(segments: tuple[str, ...], encoder: SegmentEncoder) -> tuple[Ids, Ids]:
+    """Token ids of segments in a row, and where each ends."""
+    encoded = encoder.encode_with_borders(segments)
+    if not len(encoded.ids):
+        raise UserError("a row without any token", need="non-empty prompt and completion")
+    return np.array(encoded.ids, dtype=np.int64), np.array(encoded.ends, dtype=np.int64)
 
 
 def _name(tree_id: str, node_ids: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rstar.config import DpoSection, TrainSection
 from rstar.store import complete_or_absent
 from rstar.tokens import SegmentEncoder, load_tokenizer
+from rstar.training.data import too_long
 from rstar.training.losses import pairwise_losses
 from rstar.training.models import autocast_dtype, load_policy, transformers_model
 from rstar.training.packing import FLEX_BLOCK, Ids, TreeAttention, pack
@@ -57,6 +58,7 @@ class DpoStep:
     grad_norm: float
     tokens: int
     seconds: float
+    dropped: int = 0  # pairs that were left out: longer than dpo.max_length
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,22 @@ class Margins:
     rejected: float
 
 
-def encode_pair(row: PreferenceRow, encoder: SegmentEncoder, max_length: int) -> Pair:
+def encode_pair(row: PreferenceRow, encoder: SegmentEncoder, max_length: int) -> Pair | None:
     """Both completions behind the prompt; where an output ended by itself, the end token belongs to it.
 
-    A pair over `max_length` loses the beginning of its prompt. Raises UserError where its completions alone are over.
+    None where one is over `max_length`: neither a part of the question nor the end of an output may be missing.
     """
     prompt = row.prompt_segments or (row.prompt,)
     end = encoder.tokenizer.eos_token_id
-    shared = encoder.encode(prompt)
 
     def path(segments: tuple[str, ...], ends: bool) -> list[int]:
         return encoder.encode((*prompt, *segments)) + [end] * ends
 
     chosen = path(row.chosen_segments or (row.chosen,), row.chosen_ends)
     rejected = path(row.rejected_segments or (row.rejected,), row.rejected_ends)
-    over = max(0, max(len(chosen), len(rejected)) - max_length)
-    if over >= len(shared):
-        raise UserError(
-            f"a completion of {max(len(chosen), len(rejected)) - len(shared)} tokens",
-            need=f"less than dpo.max_length={max_length}", how="raise dpo.max_length, or lower search.max_step_tokens",
-        )  # fmt: skip
-    return Pair(np.array(chosen[over:]), np.array(rejected[over:]), len(shared) - over)
+    if max(len(chosen), len(rejected)) > max_length:
+        return None
+    return Pair(np.array(chosen), np.array(rejected), len(encoder.encode(prompt)))
 
 
 def dpo_losses(chosen_N: Tensor, rejected_N: Tensor, *, beta: float) -> Tensor:
@@ -134,7 +131,10 @@ class AdapterTrainer:
         return [value.requires_grad_() for value in found]
 
     def step(self, adapter: str, rows: Sequence[PreferenceRow]) -> DpoStep:
-        """One optimizer step of `adapter` on the mean loss of `rows`. Raises UserError where that is not finite."""
+        """One optimizer step of `adapter` on the mean loss of the `rows` that fit.
+
+        Raises UserError where none fits, or the loss is not finite.
+        """
         began, section = time.monotonic(), self.section
         pairs = self._encode(rows)
         optimizer = self.optimizers[adapter]
@@ -157,25 +157,26 @@ class AdapterTrainer:
         return DpoStep(
             adapter, self.steps[adapter], len(pairs), float(np.mean(losses)), float(np.mean(margins)),
             float(np.mean(np.array(margins) > 0)), float(norm), sum(pair.tokens for pair in pairs),
-            round(time.monotonic() - began, 3),
+            round(time.monotonic() - began, 3), len(rows) - len(pairs),
         )  # fmt: skip
 
     @torch.no_grad()
     def margins(self, adapter: str, rows: Sequence[PreferenceRow]) -> Margins:
         """How `adapter` tells the rows' completions apart, without dropout."""
-        parts = list(self._micro_batches(self._encode(rows)))
+        pairs = self._encode(rows)
+        parts = list(self._micro_batches(pairs))
         logprobs = torch.cat([self._logprobs(part, adapter) for part in parts])
         log_ratio = logprobs - torch.cat([self._reference(part) for part in parts])
         margins = self.section.beta * (log_ratio[:, 0] - log_ratio[:, 1])
         loss = dpo_losses(log_ratio[:, 0], log_ratio[:, 1], beta=self.section.beta)
         chosen, rejected = logprobs.mean(0).tolist()
         return Margins(
-            len(rows), float(loss.mean()), float(margins.mean()), float((margins > 0).float().mean()), chosen, rejected
+            len(pairs), float(loss.mean()), float(margins.mean()), float((margins > 0).float().mean()), chosen, rejected
         )
 
     @torch.no_grad()
     def logprobs(self, adapter: str | None, rows: Sequence[PreferenceRow]) -> list[tuple[float, float]]:
-        """(log pi(chosen), log pi(rejected)) of each row, without dropout; None is the reference."""
+        """(log pi(chosen), log pi(rejected)) of each row that fits, without dropout; None is the reference."""
         parts = list(self._micro_batches(self._encode(rows)))
         found = [self._reference(p) if adapter is None else self._logprobs(p, adapter) for p in parts]
         return [(chosen, rejected) for chosen, rejected in torch.cat(found).tolist()]
@@ -200,7 +201,11 @@ class AdapterTrainer:
             optimizer.load_state_dict(state["optimizers"][name])
 
     def _encode(self, rows: Sequence[PreferenceRow]) -> list[Pair]:
-        return [encode_pair(row, self.encoder, self.section.max_length) for row in rows]
+        limit = self.section.max_length
+        pairs = [pair for row in rows if (pair := encode_pair(row, self.encoder, limit)) is not None]
+        if not pairs:
+            raise too_long(len(rows), limit, "dpo.max_length")
+        return pairs
 
     def _micro_batches(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         """In order, as many pairs as fit into the budget; one pair always does."""

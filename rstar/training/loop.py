@@ -44,7 +44,7 @@ class TrainResult:
 
     output: str
     rows: int
-    truncated: int  # rows that lost segments to max_length
+    truncated: int  # of them, those that lost the end of their solution to max_length
     steps: int
     tokens: int  # computed, shared prefixes once
     flat_tokens: int  # what plain rows would have computed
@@ -53,6 +53,7 @@ class TrainResult:
     mean_loss: float  # over the last epoch
     seconds: float
     metrics: str  # path of the file with one line per optimizer step
+    dropped: int = 0  # rows that were left out: too long for max_length
 
 
 class LossModule(nn.Module):

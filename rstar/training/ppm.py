@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -131,8 +131,8 @@ def train_ppm(
     """Train a scorer from the policy `body` and write it to `output`; plain transformers and vLLM load it.
 
     `loss: pairwise` takes PreferenceRows (weighted mean of the pairs' losses, Eq. 4), `mse` QValueRows, `bce`
-    OutcomeRows (a plain mean). A share `heldout` of the problems (none below ten problems) is kept for pair accuracy.
-    Raises UserError as `train_policy` does.
+    OutcomeRows (a plain mean). Rows that are too long are dropped and counted (training.data). A share `heldout` of the
+    problems (none below ten problems) is kept for pair accuracy. Raises UserError as `train_policy` does.
     """
     row_kind(section.loss)
     if not rows:
@@ -162,6 +162,7 @@ def train_ppm(
         module, loaded, train_rows, section, output=output, seed=seed, on_progress=on_progress,
         before_saving=lambda: after.append(measure()),
     )  # fmt: skip
+    result = replace(result, dropped=len(rows) - len(encoded))
     return PpmResult(result, len(heldout), before[0], after[0][0], before[1], after[0][1])
 
 

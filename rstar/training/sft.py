@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +42,9 @@ def train_policy(
     """Fine-tune `base` (a folder or hub id) on `rows` and write a plain checkpoint with its tokenizer to `output`.
 
     The loss is the mean over an optimizer batch's target tokens, each times its row's weight: the model's own segments,
-    and the end token after a solution that ends with one. Raises UserError for empty rows (before the model is
-    loaded), a loss that is not finite (naming the rows), and a GPU out of memory.
+    and the end token after a solution that ends with one. Rows whose question does not fit are dropped and counted
+    (training.data). Raises UserError for empty rows (before the model is loaded), a loss that is not finite (naming the
+    rows), and a GPU out of memory.
     """
     if not rows:
         raise nothing_to_train("solutions")
@@ -53,4 +55,6 @@ def train_policy(
     encoded = encode_rows(rows, encode_sft, SegmentEncoder(tokenizer), section.max_length)
     torch.manual_seed(seed)  # the adapters' first weights
     loaded = load_policy(base, section, tokenizer)
-    return train(TokenLoss(loaded.model), loaded, encoded, section, output=output, seed=seed, on_progress=on_progress)
+    module = TokenLoss(loaded.model)
+    result = train(module, loaded, encoded, section, output=output, seed=seed, on_progress=on_progress)
+    return replace(result, dropped=len(rows) - len(encoded))

@@ -26,7 +26,7 @@ from rstar.config import VerifierSection
 from rstar.engines.base import VALUE_HEAD_KEY, ValueHead
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch
-from rstar.training.data import EncodedRow, encode_sft, nothing_to_train
+from rstar.training.data import EncodedRow, encode_sft, nothing_to_train, too_long
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
 from rstar.training.losses import float32_scores, token_loss
@@ -132,7 +132,8 @@ def train_verifier(
     result = train(
         module, loaded, rows, section, output=output, seed=seed, on_progress=on_progress, before_saving=keep_head
     )
-    return VerifierResult(result, len(outcomes), correct, asdict(module.head()))
+    labelled = sum(len(row.scored) > 0 for row in rows)
+    return VerifierResult(replace(result, dropped=len(outcomes) - labelled), labelled, correct, asdict(module.head()))
 
 
 def verifier_rows(
@@ -141,13 +142,17 @@ def verifier_rows(
     """Each labelled completion, followed by its problem's reference solution with the same weight (1:1 mix).
 
     The question carries no loss. The end token belongs to a solution: the value after it is the final one. The copies
-    of a reference are rows of its problem's tree, so that they cost one.
+    of a reference are rows of its problem's tree, so that they cost one. A completion that is too long is cut off at
+    its right end (training.data); with `level: solution`, where only its end would be scored, it is dropped.
     """
-    written = {row.problem_id: encode_sft(row, encoder, section.max_length) for row in references}
+    limit = section.max_length
+    written = {row.problem_id: path for row in references if (path := encode_sft(row, encoder, limit)) is not None}
 
     def encoded() -> Iterator[EncodedRow]:
         for row in outcomes:
-            solution = encode_sft(row, encoder, section.max_length)
+            solution = encode_sft(row, encoder, limit)
+            if solution is None or (solution.truncated and section.level == "solution"):
+                continue
             places = np.flatnonzero(solution.trained)
             places = places if section.level == "token" else places[-1:]
             yield replace(
@@ -156,7 +161,10 @@ def verifier_rows(
             if row.problem_id in written:
                 yield replace(written[row.problem_id], tree_id=row.tree_id, weight=row.weight)
 
-    return list(encoded())
+    rows = list(encoded())
+    if not rows:
+        raise too_long(len(outcomes), limit)
+    return rows
 
 
 def reserve_token(model: Any, tokenizer: Any) -> int:

@@ -132,6 +132,7 @@ def learn_stream(
         "staleness": mean_staleness(predictions),
         "tokens": sum(p.tokens for p in predictions),
         "losses": [step["loss"] for step in steps],
+        "dropped": sum(step.get("dropped", 0) for step in steps),
     }
 
 
