@@ -35,8 +35,8 @@ class ProblemSet:
     train: tuple[Problem, ...]
     heldout: tuple[Problem, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Left out, by reason: duplicate, same-numbers, partial-result, disagreement, contaminated, unreadable answer, image,
-    too-long, level, limit."""
+    """Left out, by reason: duplicate, same-numbers, partial-result, disagreement, contaminated, unreadable answer,
+    image, too-long, level, limit."""
     contaminated: tuple[tuple[str, str], ...] = ()
     """(id of a removed training problem, name of the set it overlaps with), for the manifest."""
     examples: Mapping[str, str] = field(default_factory=dict)
