@@ -37,6 +37,9 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+MODULES = {".".join(("rstar", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in modules()}
+
+
 def imported(path: Path) -> set[str]:
     """Dotted names that a file imports, those under TYPE_CHECKING too."""
     found: set[str] = set()
@@ -45,7 +48,8 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= below if below <= MODULES else below | {node.module}
     return found
 
 
