@@ -102,9 +102,10 @@ def _machine() -> Iterator[Check]:
 
 
 def _sandbox() -> Iterator[Check]:
+    from rstar.config import SandboxSection
     from rstar.sandbox import checks
 
-    found = checks()
+    found = checks(SandboxSection())
     level = next(check for check in found if check.name == "level")
     held = sum(check.ok for check in found)
     yield Check("sandbox", held == len(found), f"level {level.detail}; {held} of {len(found)} checks held")

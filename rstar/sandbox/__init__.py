@@ -10,9 +10,9 @@ a warden, which keeps the books, and a template, which is forked. Each evaluatio
 steps before, then the new one. Only the standard library is imported.
 """
 
-from rstar.sandbox.checks import Check, checks
+from rstar.sandbox.checks import Check
 from rstar.sandbox.levels import NO_LOCKS, PROMISES, Host, probe
-from rstar.sandbox.supervisor import Counts, Sandbox, SandboxError, Session, State
+from rstar.sandbox.supervisor import Counts, Sandbox, SandboxError, Session, State, checks
 
 __all__ = [
     "NO_LOCKS",

@@ -8,16 +8,21 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from rstar.sandbox import levels
 from rstar.sandbox.process import ENVIRONMENT
 from rstar.types import Execution, ExecutionStatus, UserError
 
-if TYPE_CHECKING:
-    from rstar.config import SandboxSection
-    from rstar.sandbox.supervisor import Sandbox
+
+class Attackable(Protocol):
+    """A started sandbox (rstar.sandbox.Sandbox), as far as it is attacked."""
+
+    level: str
+
+    async def run_limited(self, code: str, cpu_seconds: float) -> Execution:
+        """Run one program by itself with a CPU limit of its own."""
+        ...
 
 
 class Check(NamedTuple):
@@ -97,7 +102,7 @@ def _attacks(secret_file: str, folder: str) -> list[_Attack]:
     ]  # fmt: skip
 
 
-async def attack(sandbox: Sandbox) -> list[Check]:
+async def attack(sandbox: Attackable) -> list[Check]:
     """Run every attack on a started sandbox, then an innocent step."""
     folder = tempfile.mkdtemp(prefix="rstar-check-")
     secret_file = os.path.join(folder, "secret")
@@ -122,7 +127,7 @@ def _detail(execution: Execution) -> str:
     return f"{execution.status.value}{': ' + execution.error if execution.error else ''}"[:200]
 
 
-async def require_locks(sandbox: Sandbox) -> None:
+async def require_locks(sandbox: Attackable) -> None:
     """Raise UserError unless every lock of the sandbox's level holds. Level unsafe has none to check."""
     if sandbox.level == "unsafe":
         return
@@ -134,32 +139,3 @@ async def require_locks(sandbox: Sandbox) -> None:
             need="every self-check to hold",
             how="see `rstar doctor`; nothing was run",
         )
-
-
-def checks(section: SandboxSection | None = None) -> list[Check]:
-    """What `rstar doctor` prints: the host, the level, then each self-check. Uses a sandbox of one zygote."""
-    from rstar.config import SandboxSection
-    from rstar.sandbox.supervisor import Sandbox
-
-    host = levels.probe()
-    found = [
-        Check("Landlock", host.landlock_abi > 0, f"ABI {host.landlock_abi}" if host.landlock_abi else host.problem),
-        Check("seccomp", host.seccomp, "filters named by libseccomp" if host.seccomp else host.problem),
-        Check("namespaces", True, host.namespaces[0] if host.namespaces else "no working bubblewrap: A at best"),
-    ]
-    try:
-        sandbox = Sandbox(replace(section or SandboxSection(), processes=1))
-    except UserError as error:
-        return [*found, Check("level", False, str(error))]
-    found.append(Check("level", sandbox.level != "unsafe", f"{sandbox.level}: {levels.PROMISES[sandbox.level]}"))
-
-    async def attacks() -> list[Check]:
-        try:
-            await sandbox.start(check=False)
-            return [Check("zygote", True, sandbox.describe_zygote()), *await attack(sandbox)]
-        except (UserError, RuntimeError) as error:
-            return [Check("start", False, str(error))]
-        finally:
-            await sandbox.close()
-
-    return found + asyncio.run(attacks())

@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rstar.sandbox import levels, locks, preload
+from rstar.sandbox.checks import Check, attack, require_locks
 from rstar.sandbox.entries import ENTRIES
 from rstar.sandbox.frames import KERNEL_KILLED, Ready, Reply, Request, Setup
 from rstar.sandbox.process import ZygoteLost, ZygoteProcess
 from rstar.types import Execution, ExecutionStatus, UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a zygote imports this package too, and should stay small
     from rstar.config import SandboxSection
 
 log = logging.getLogger(__name__)
@@ -25,10 +26,10 @@ log = logging.getLogger(__name__)
 MAX_SOURCE = 128 << 10  # bytes of one step's code
 MAX_PROGRAM = 1 << 20  # bytes of all the codes of a path
 MAX_PAYLOAD = 1 << 20  # bytes of text for `call`
-YOUNG = 2  # evaluations a zygote starts at once: one runs while the next is forked
+FRESH = 2  # evaluations a zygote starts at once: one runs while the next is forked
 OLD_AFTER = 0.25  # seconds after which an evaluation no longer holds up others
 TOTAL = 8  # evaluations of a zygote alive at once; bounds the memory that hostile steps can hold
-DEAR_MS = 10.0
+EXPENSIVE_MS = 10.0
 REBUILDS = 3  # failed attempts at a new zygote before the pool gives up
 
 
@@ -141,7 +142,7 @@ class Pool:
             self._hand_out()
 
     def _reserve(self) -> ZygoteProcess | None:
-        free = [zygote for zygote in self.zygotes if zygote.alive and zygote.young < YOUNG and zygote.total < TOTAL]
+        free = [zygote for zygote in self.zygotes if zygote.alive and zygote.young < FRESH and zygote.total < TOTAL]
         zygote = min(free, key=lambda zygote: (zygote.young, zygote.total), default=None)
         if zygote is not None:
             zygote.young += 1
@@ -265,8 +266,6 @@ class Sandbox:
 
         Raises UserError when a lock does not hold: nothing runs then.
         """
-        from rstar.sandbox.checks import require_locks
-
         if self.level in ("B", "unsafe"):
             log.warning("sandbox: %s", levels.PROMISES[self.level])
         setup = self._setup(preload.STEP_MODULES, preload.WARM_UP, {})
@@ -356,7 +355,7 @@ class Sandbox:
                 reply = replace(reply, status=ExecutionStatus.MEMORY.value)
         self.counts.step_cpu_seconds += reply.cpu_ms / 1e3
         self.counts.prefix_cpu_seconds += reply.prefix_cpu_ms / 1e3
-        self.counts.dear_prefixes += reply.prefix_cpu_ms > DEAR_MS
+        self.counts.dear_prefixes += reply.prefix_cpu_ms > EXPENSIVE_MS
         return reply.execution(printed)
 
     def _setup(self, modules: list[str], warm_up: str, entries: dict[str, str]) -> Setup:
@@ -378,3 +377,29 @@ class Sandbox:
 
 def _bytes(code: str) -> int:
     return len(code.encode("utf-8", "surrogatepass"))
+
+
+def checks(section: SandboxSection) -> list[Check]:
+    """What `rstar doctor` prints: the host, the level, then each self-check. Uses a sandbox of one zygote."""
+    host = levels.probe()
+    found = [
+        Check("Landlock", host.landlock_abi > 0, f"ABI {host.landlock_abi}" if host.landlock_abi else host.problem),
+        Check("seccomp", host.seccomp, "filters named by libseccomp" if host.seccomp else host.problem),
+        Check("namespaces", True, host.namespaces[0] if host.namespaces else "no working bubblewrap: A at best"),
+    ]
+    try:
+        sandbox = Sandbox(replace(section, processes=1))
+    except UserError as error:
+        return [*found, Check("level", False, str(error))]
+    found.append(Check("level", sandbox.level != "unsafe", f"{sandbox.level}: {levels.PROMISES[sandbox.level]}"))
+
+    async def attacks() -> list[Check]:
+        try:
+            await sandbox.start(check=False)
+            return [Check("zygote", True, sandbox.describe_zygote()), *await attack(sandbox)]
+        except (UserError, RuntimeError) as error:
+            return [Check("start", False, str(error))]
+        finally:
+            await sandbox.close()
+
+    return found + asyncio.run(attacks())
