@@ -20,7 +20,7 @@ import pytest
 from rstar.cluster import PASSIVE_WAIT, LeasedWorker, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import EngineError
-from rstar.recipes.measuring import unsolved
+from rstar.recipes.evaluation import unsolved
 from rstar.sandbox import Sandbox, Session
 from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, finished_by, unfinished
 from rstar.store import TreeWriter, index, read_trees, scan, shards

@@ -14,7 +14,7 @@ from rstar.cli import run as rstar
 from rstar.config import ProblemsSection, SearchSection, for_round
 from rstar.manifest import RunDir
 from rstar.recipes import load_config
-from rstar.recipes.measuring import problem_limit
+from rstar.recipes.evaluation import problem_limit
 from rstar.recipes.plan import Rates, measured, plan, problem_counts, search_cost
 from rstar.tokens import load_few_shot
 

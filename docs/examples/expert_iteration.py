@@ -20,7 +20,9 @@ from rstar.config import (
     TrainSection,
     WarmupSection,
 )
-from rstar.recipes.rstar_math import evaluate, extract, prepare_base, search, train_policy
+from rstar.recipes.base_model import prepare_base
+from rstar.recipes.evaluation import evaluate
+from rstar.recipes.rstar_math import extract, search, train_policy
 from rstar.recipes.training import warm_up_training
 from rstar.run import Run, main
 

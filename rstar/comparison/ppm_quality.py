@@ -27,7 +27,7 @@ from rstar.extract.preferences import outcome_counts
 from rstar.problems.records import read_records
 from rstar.prompts import DELIMITERS, END_OF_STEP, render, step_prompt
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import problem_trees
+from rstar.recipes.evaluation import problem_trees
 from rstar.recipes.rows import own_prompt, scorer_rows
 from rstar.report.results import measure
 from rstar.search.expand import scores

@@ -34,7 +34,7 @@ from rstar.problems import BENCHMARKS, load_benchmark, needs_image, unreadable
 from rstar.problems.records import Fields, read_problems
 from rstar.recipes import load_config
 from rstar.recipes.base_model import absolute, base_model
-from rstar.recipes.measuring import eval_records, eval_search, problem_trees, search_passes
+from rstar.recipes.evaluation import eval_records, eval_search, problem_trees, search_passes
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import file_digest
 from rstar.tree import Tree

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from rstar.config import ModelSection, RunSection
+from rstar.config import ModelSection, ProblemsSection, RunSection, SandboxSection, TrainSection, WarmupSection
 from rstar.manifest import run_dir
-from rstar.run import Artifact, Here
-from rstar.tokens import check_model_folder, check_tokenizer, load_tokenizer
+from rstar.problems import load_problems
+from rstar.recipes.training import fine_tune
+from rstar.run import Artifact, Counts, Here
+from rstar.store import write_rows
+from rstar.tokens import check_model_folder, check_tokenizer, load_tokenizer, question_wrapper
 
 
 def base_model(section: ModelSection, run: Path, *, seed: int = 0) -> str:
@@ -52,6 +56,30 @@ def start_model(here: Here, model: ModelSection, run_seed: int) -> str:
     from rstar.training.vocabulary import with_step_tokens
 
     return str(with_step_tokens(base, here.output("start")))
+
+
+def prepare_base(
+    here: Here,
+    model: ModelSection,
+    problems: ProblemsSection,
+    warmup: WarmupSection,
+    sft: TrainSection,
+    sandbox: SandboxSection,
+    run_seed: int,
+) -> Counts:
+    """The base of all rounds: the model as it is, given the step delimiters, or warmed up on worked solutions (D14)."""
+    policy = [here.output("policy")] if warmup.enabled else []
+    start, pool = start_model(here, model, run_seed), load_problems(problems)
+    found = {"train": len(pool.train), "heldout": len(pool.heldout), "dropped": dict(pool.dropped)}
+    base = base_model(model, here.round.root, seed=run_seed)
+    counts: dict[str, Any] = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
+    for output in policy:
+        from rstar.warmup import warmup_rows
+
+        rows = warmup_rows(warmup, problems, pool, sandbox, question_wrapper(start, model))
+        write_rows(here.round.path / "warmup.jsonl", rows)
+        counts |= fine_tune(here.round.path / "warmup.jsonl", start, output, sft, run_seed, "warm-up")
+    return counts
 
 
 def checkpoint(artifact: Artifact, model: ModelSection) -> str:

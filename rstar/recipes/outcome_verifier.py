@@ -58,7 +58,7 @@ from rstar.extract.outcomes import outcome_rows
 from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
 from rstar.recipes.base_model import absolute, check_base, checkpoint, start_model
-from rstar.recipes.measuring import problem_trees, search_passes, tree_counts, write_evaluation
+from rstar.recipes.evaluation import problem_trees, search_passes, tree_counts, write_evaluation
 from rstar.recipes.rows import reference_rows
 from rstar.recipes.training import check_loads_checkpoints, fine_tune
 from rstar.recipes.verification import curve, evaluated

@@ -11,7 +11,7 @@ from rstar.config import ProblemsSection, SearchSection, TrainSection, for_round
 from rstar.manifest import RunDir, run_dir
 from rstar.problems import BENCHMARKS, load_problems
 from rstar.recipes import rstar_math
-from rstar.recipes.measuring import eval_passes, problem_limit
+from rstar.recipes.evaluation import eval_passes, problem_limit
 from rstar.report.results import count
 from rstar.run import Recipe, Stage
 from rstar.types import UserError

@@ -87,18 +87,15 @@ from rstar.machine import check_peft
 from rstar.manifest import run_dir
 from rstar.problems import ProblemSet, load_problems
 from rstar.prompts import step_prompt
-from rstar.recipes.base_model import absolute, base_model, checkpoint, own_folder_paths, start_model
-from rstar.recipes.measuring import (
+from rstar.recipes.base_model import absolute, base_model, checkpoint, own_folder_paths, prepare_base
+from rstar.recipes.evaluation import (
     check_searches,
-    eval_passes,
     eval_search_settings,
-    measure,
-    problem_limit,
+    evaluate,
     problem_trees,
     search_passes,
     tree_counts,
     unsolved,
-    write_evaluation,
 )
 from rstar.recipes.rows import policy_rows, scorer_rows
 from rstar.recipes.training import (
@@ -163,30 +160,6 @@ def rstar_math(run: Run, config: Config) -> None:
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------
-
-
-def prepare_base(
-    here: Here,
-    model: ModelSection,
-    problems: ProblemsSection,
-    warmup: WarmupSection,
-    sft: TrainSection,
-    sandbox: SandboxSection,
-    run_seed: int,
-) -> Counts:
-    """The base of all rounds: the model as it is, given the step delimiters, or warmed up on worked solutions (D14)."""
-    policy = [here.output("policy")] if warmup.enabled else []
-    start, pool = start_model(here, model, run_seed), load_problems(problems)
-    found = {"train": len(pool.train), "heldout": len(pool.heldout), "dropped": dict(pool.dropped)}
-    base = base_model(model, here.round.root, seed=run_seed)
-    counts: dict[str, Any] = {"base": base, "problems": found | {"contaminated": pool.contaminated}}
-    for output in policy:
-        from rstar.warmup import warmup_rows
-
-        rows = warmup_rows(warmup, problems, pool, sandbox, question_wrapper(start, model))
-        write_rows(here.round.path / "warmup.jsonl", rows)
-        counts |= fine_tune(here.round.path / "warmup.jsonl", start, output, sft, run_seed, "warm-up")
-    return counts
 
 
 def search(
@@ -287,37 +260,6 @@ def train_ppm(here: Here, ppm: PpmSection, rows: Artifact, policy: Artifact, run
     """Train the PPM, from the round's policy."""
     file = rows.folder / PPM_ROWS[ppm.loss]
     return scorer_training(file, str(policy.path), here.output("ppm"), ppm, run_seed, f"round {here.round.number} PPM")
-
-
-def evaluate(
-    here: Here,
-    policy: Artifact,
-    ppm: Artifact | None,
-    eval: EvalSection,
-    search: SearchSection,
-    problems: ProblemsSection,
-    model: ModelSection,
-    engine: EngineSection,
-    sandbox: SandboxSection,
-    cluster: ClusterSection,
-) -> Counts:
-    """Measure a round's models on the held-out problems; searches only where there is a PPM."""
-    folder = here.round.eval
-    here.resume(folder)
-    heldout = load_problems(problems).heldout
-    passes = eval_passes(eval, search, folder, with_ppm=ppm is not None)
-    job = SearchJob(
-        passes=tuple(passes.values()),
-        engine=engine,
-        sandbox=sandbox,
-        model=own_folder_paths(model),
-        policy=checkpoint(policy, model),
-        ppm=absolute(str(ppm.path)) if ppm is not None else "",
-    )
-    sets = [heldout[: problem_limit(method, eval)] for method in passes]
-    search_passes(job, sets, cluster, f"round {here.round.number} evaluation")
-    measured = {method: measure(method, one.folder, eval, sandbox) for method, one in passes.items()}
-    return write_evaluation(here, measured, [folder / method for method in passes])
 
 
 # -- what can be checked before ---------------------------------------------------------------------------------------

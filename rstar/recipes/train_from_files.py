@@ -9,7 +9,7 @@ from typing import Any
 from rstar.config import ExtractSection, ModelSection, PpmSection, TrainSection, load
 from rstar.recipes import load_config, rstar_math
 from rstar.recipes.base_model import base_model
-from rstar.recipes.measuring import problem_trees
+from rstar.recipes.evaluation import problem_trees
 from rstar.recipes.rows import own_prompt, policy_rows, scorer_rows
 from rstar.report.progress import TrainingProgress
 from rstar.types import SftRow, UserError

@@ -13,7 +13,7 @@ import numpy as np
 
 from rstar.config import SandboxSection
 from rstar.evaluation import Candidate, EvalRecord, Measure, Pick, bootstrap, chosen_share, pass_at_k, top_score, vote
-from rstar.recipes.measuring import costs, eval_records, problem_trees
+from rstar.recipes.evaluation import costs, eval_records, problem_trees
 
 Curve = dict[str, Any]
 """{title, x_name, series: {name: [[x, mean, low, high], ...]}}: what eval.json keeps and the report draws."""

@@ -43,7 +43,8 @@ from rstar.config import ClusterSection, EngineSection
 from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.manifest import run_dir
-from rstar.recipes import load_config, measuring, rstar_math
+from rstar.recipes import evaluation as recipe_evaluation
+from rstar.recipes import load_config, rstar_math
 from rstar.report.html import write_report
 from rstar.run import Artifact, Here, Run, Stage
 from rstar.sandbox import Counts, SandboxError
@@ -174,7 +175,7 @@ def _light() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if collect.Sandbox.__module__ != __name__:
             stack.enter_context(patched(collect, Sandbox=TrustedSandbox))
-        stack.enter_context(patched(measuring, Sandbox=TrustedSandbox))
+        stack.enter_context(patched(recipe_evaluation, Sandbox=TrustedSandbox))
         stack.enter_context(patched(evaluation, bootstrap=few))
         stack.enter_context(patched(manifest, this_machine=lambda: ""))
         yield

@@ -53,6 +53,7 @@ from rstar.problems import ProblemSet, load_problems
 from rstar.problems.generated import fresh
 from rstar.prompts import NO, STOP_SYSTEM, YES, split_stop_question, stop_asked
 from rstar.recipes.base_model import check_base, checkpoint, start_model
+from rstar.recipes.evaluation import search_passes, write_evaluation
 from rstar.recipes.flow_dpo.compile import (
     ARMS,
     CompileSection,
@@ -64,7 +65,6 @@ from rstar.recipes.flow_dpo.compile import (
 from rstar.recipes.flow_dpo.passes import ROLES, flow_pass, measured_accuracy, search_job, single_pass, trees_of
 from rstar.recipes.flow_dpo.stream import FlowSection, learn_stream, mean_staleness, read_stream
 from rstar.recipes.flow_dpo.tables import accuracy_table, flow_table, margin_table, progressive_curve
-from rstar.recipes.measuring import search_passes, write_evaluation
 from rstar.recipes.rows import reference_row, reference_rows
 from rstar.recipes.training import fine_tune, warm_up_training
 from rstar.run import Artifact, Counts, Here, Recipe, Run

@@ -25,9 +25,9 @@ from rstar.engines.base import Policy
 from rstar.extract.sft import sft_rows
 from rstar.problems import load_problems
 from rstar.recipes.base_model import checkpoint
+from rstar.recipes.evaluation import problem_trees, search_passes, write_evaluation
 from rstar.recipes.flow_dpo.passes import flow_pass, measured_accuracy, search_job, single_pass
 from rstar.recipes.flow_dpo.tables import accuracy_table
-from rstar.recipes.measuring import problem_trees, search_passes, write_evaluation
 from rstar.recipes.rows import reference_rows
 from rstar.recipes.training import fine_tune
 from rstar.run import Artifact, Counts, Here

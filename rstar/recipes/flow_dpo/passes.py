@@ -9,7 +9,7 @@ from typing import Any
 
 from rstar.config import EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.recipes.base_model import checkpoint, own_folder_paths
-from rstar.recipes.measuring import problem_trees
+from rstar.recipes.evaluation import problem_trees
 from rstar.recipes.verification import evaluated
 from rstar.run import Artifact
 from rstar.search.collect import SearchJob, SearchPass

@@ -56,7 +56,7 @@ from rstar.problems import ProblemSet, load_problems
 from rstar.problems.overlap import text_key
 from rstar.problems.worked import solution_text
 from rstar.recipes.base_model import base_model, check_base, checkpoint
-from rstar.recipes.measuring import tree_counts, write_evaluation
+from rstar.recipes.evaluation import tree_counts, write_evaluation
 from rstar.recipes.orca2.evaluation import comparison_table, count_strategies, heldout_problems, measured, task_table
 from rstar.recipes.orca2.strategies import choose, load_strategies, strategy_of
 from rstar.recipes.orca2.teacher import AnswerSet, TeacherSection, ask, explanations, shards_below, share_solved

@@ -13,7 +13,7 @@ from typing import Any
 from rstar.config import SandboxSection
 from rstar.evaluation import Measure, bootstrap, measures, paired
 from rstar.problems import ProblemSet, load_benchmark
-from rstar.recipes.measuring import costs, eval_records, problem_trees
+from rstar.recipes.evaluation import costs, eval_records, problem_trees
 from rstar.recipes.orca2.strategies import strategy_of
 from rstar.report.results import measure
 from rstar.types import Problem

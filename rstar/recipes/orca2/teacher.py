@@ -9,7 +9,7 @@ from pathlib import Path
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.extract.explanations import Explanation, explanation
 from rstar.recipes.base_model import absolute, base_model, own_folder_paths
-from rstar.recipes.measuring import search_passes
+from rstar.recipes.evaluation import search_passes
 from rstar.run import Here
 from rstar.search.collect import SearchJob, SearchPass
 from rstar.store import read_trees, shards

@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from rstar.cluster import dear_first, search_all
-from rstar.config import ClusterSection, EvalSection, SandboxSection, SearchSection
+from rstar.config import (
+    ClusterSection,
+    EngineSection,
+    EvalSection,
+    ModelSection,
+    ProblemsSection,
+    SandboxSection,
+    SearchSection,
+)
 from rstar.evaluation import EvalRecord, by_level, eval_record, measures
 from rstar.grading import Grader, is_equivalent_fast
+from rstar.problems import load_problems
+from rstar.recipes.base_model import absolute, checkpoint, own_folder_paths
 from rstar.report.progress import SearchProgress
-from rstar.run import Counts, Here
+from rstar.run import Artifact, Counts, Here
 from rstar.sandbox import Sandbox
 from rstar.search.collect import SearchJob, SearchPass, check_search, unfinished
 from rstar.search.failures import infrastructure_failures
@@ -169,6 +179,37 @@ def write_evaluation(
     here.outputs.extend(shard for folder in folders for shard in shards(folder))
     counts = {name: {k: v for k, v in one.items() if k != "records"} for name, one in methods.items()}
     return counts | {k: v for k, v in shown.items() if k == "tables"}
+
+
+def evaluate(
+    here: Here,
+    policy: Artifact,
+    ppm: Artifact | None,
+    eval: EvalSection,
+    search: SearchSection,
+    problems: ProblemsSection,
+    model: ModelSection,
+    engine: EngineSection,
+    sandbox: SandboxSection,
+    cluster: ClusterSection,
+) -> Counts:
+    """Measure a round's models on the held-out problems; searches only where there is a PPM."""
+    folder = here.round.eval
+    here.resume(folder)
+    heldout = load_problems(problems).heldout
+    passes = eval_passes(eval, search, folder, with_ppm=ppm is not None)
+    job = SearchJob(
+        passes=tuple(passes.values()),
+        engine=engine,
+        sandbox=sandbox,
+        model=own_folder_paths(model),
+        policy=checkpoint(policy, model),
+        ppm=absolute(str(ppm.path)) if ppm is not None else "",
+    )
+    sets = [heldout[: problem_limit(method, eval)] for method in passes]
+    search_passes(job, sets, cluster, f"round {here.round.number} evaluation")
+    measured = {method: measure(method, one.folder, eval, sandbox) for method, one in passes.items()}
+    return write_evaluation(here, measured, [folder / method for method in passes])
 
 
 async def eval_records(groups: Iterable[Sequence[Tree]], section: SandboxSection) -> list[EvalRecord]:
