@@ -183,19 +183,17 @@ async def stream(
         await catch_up()
         predictions = []
         for number, tree in enumerate(trees, start):
-            pairs, said = flow_pairs(tree), flow_outcome(tree)
+            pairs = flow_pairs(tree)
             answer_pairs, stop_pairs = (sum(row.kind == role for row in pairs) for role in ROLES)
             predictions.append(
                 Prediction(
-                    number,
-                    tree.problem.id,
-                    said.correct,
-                    said.stopped,
-                    said.chunks,
-                    answer_pairs,
-                    stop_pairs,
-                    known,
-                    tree.tokens,
+                    number=number,
+                    problem_id=tree.problem.id,
+                    **asdict(flow_outcome(tree)),
+                    answer_pairs=answer_pairs,
+                    stop_pairs=stop_pairs,
+                    learned=known,
+                    tokens=tree.tokens,
                 )
             )
             for row in pairs:
