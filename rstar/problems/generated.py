@@ -168,7 +168,7 @@ def _distinct(
             skeletons.add(skeleton)
             cot = item["metadata"].get("answer_cot", "")
             ident = f"{family.label}/{split}/{len(problems)}"
-            problems.append(Problem(ident, question, answer, family.family, family.level, str(cot)))
+            problems.append(Problem(ident, question, answer, family.family, family.level, str(cot), family.label))
             if len(problems) == count:
                 return problems
     raise UserError(
