@@ -149,7 +149,8 @@ class ProblemsSection:
     answer: str = "answer"
     answers: str = ""  # field with the answers (or solutions) of several attempts: its problems are synthetic
     min_agreement: int = 3  # so many of them must agree, else a synthetic problem is dropped
-    level: str = "level"
+    level: str = "level"  # field with the difficulty
+    category: str = "category"  # field with the kind of task (orca2)
     split: str = "train"
     limit: int = 0  # use the first N after de-duplication; 0: all
     heldout: int = 64  # problems kept apart for evaluation; of families, of those that name no number of their own

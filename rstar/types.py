@@ -32,6 +32,7 @@ class Problem:
     source: str = ""  # where it comes from: a family of a generator, a benchmark's name
     level: str = ""  # difficulty as text ("1" is easiest); the unit of the "solved by level" table
     solution: str = ""  # worked solution if the data has one; only warm-up and baselines read it
+    category: str = ""  # kind of task, for which Orca 2 chooses a strategy; a generated problem's label
 
 
 class StepKind(StrEnum):

@@ -15,7 +15,7 @@ from rstar.engines.worked_teacher import UNKNOWN, teacher_script
 from rstar.evaluation import bootstrap
 from rstar.extract.explanations import Explanation, ExplanationRow, explanation, explanation_row, few_shot_rows
 from rstar.manifest import RunDir
-from rstar.problems import load_benchmark
+from rstar.problems import load_benchmark, load_problems
 from rstar.recipes import orca2
 from rstar.recipes.orca2.evaluation import macro_mean
 from rstar.recipes.orca2.strategies import choose, load_strategies, strategy_of
@@ -224,6 +224,37 @@ def test_a_benchmark_file_is_read_by_its_field_map(
     (tmp_path / "b.jsonl").write_text(json.dumps(record) + "\n")
     (problem,) = load_benchmark(name, path=str(tmp_path / "b.jsonl"))
     assert (problem.question, problem.answer) == (question, answer)
+
+
+def test_sub_categories_are_a_field_of_the_file_and_the_level_is_taken_where_it_has_none(tmp_path: Path) -> None:
+    lines = [
+        {"question": "1 + 1?", "answer": "2", "level": "easy", "skill": "sums"},
+        {"question": "2 + 3?", "answers": ["5", "5", "5"], "level": "hard", "skill": "sums"},
+        {"question": "Legs of 3 cows?", "answer": "12", "level": "easy"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    section = ProblemsSection(
+        name="file", path=str(tmp_path / "p.jsonl"), heldout=0, category="skill", answers="answers"
+    )
+    problems = load_problems(section).train
+    assert [(problem.level, problem.category) for problem in problems] == [
+        ("easy", "sums"), ("hard", "sums"), ("easy", ""),
+    ]  # fmt: skip
+    assert {task: len(group) for task, group in orca2.by_task(problems).items()} == {"sums": 2, "easy": 1}
+
+
+def test_a_generated_problems_sub_category_is_its_label_whatever_its_level() -> None:
+    families = {"sums": {"family": "chain_sum", "level": "1", "count": 2, "heldout": 0}}
+    (first, _) = load_problems(ProblemsSection(families=families)).train
+    assert (first.level, first.category) == ("1", "sums")
+
+
+def test_a_tree_keeps_the_category_and_older_trees_without_one_are_read() -> None:
+    tree = Tree("sums/0#0", Problem("sums/0", "1 + 2?", "3", level="1", category="sums"), ("q",))
+    rows = list(tree.to_rows())
+    assert Tree.from_rows(rows).problem.category == "sums"
+    del rows[0]["problem"]["category"]
+    assert Tree.from_rows(rows).problem.category == ""
 
 
 # -- the numbered choices --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rstar.tree import Tree
-from rstar.types import SftRow, TerminalReason
+from rstar.types import Problem, SftRow, TerminalReason
 
 DEMONSTRATIONS = (3, 5)  # of a few-shot row, both included
 
@@ -25,7 +25,7 @@ Wrap = Callable[[str, str, Sequence[Turn]], str]
 class Explanation:
     """What a teacher answered, and what it was told."""
 
-    task: str  # the problem's sub-category
+    task: str  # the problem's `sub_category`
     teacher_system: str
     question: str
     answer: str  # as the teacher wrote it
@@ -50,8 +50,14 @@ def explanation(tree: Tree, *, only_correct: bool) -> Explanation | None:
         whole = bool(leaf.text.strip()) and leaf.error != "cut off"
         if leaf.reward == 1.0 if only_correct else stated or whole:
             problem, system = tree.problem, str(tree.settings.get("system", ""))
-            return Explanation(problem.level, system, problem.question, leaf.text, problem.id, tree.tree_id, leaf.id)
+            task = sub_category(problem)
+            return Explanation(task, system, problem.question, leaf.text, problem.id, tree.tree_id, leaf.id)
     return None
+
+
+def sub_category(problem: Problem) -> str:
+    """The kind of task that a strategy is chosen for: the problem's category, or its level where it has none."""
+    return problem.category or problem.level
 
 
 def explanation_row(

@@ -112,6 +112,7 @@ def _fields(section: ProblemsSection) -> Fields:
         section.question,
         section.answer,
         level=section.level,
+        category=section.category,
         answers=section.answers,
         min_agreement=section.min_agreement,
     )

@@ -103,6 +103,7 @@ def load_benchmark(name: str, *, path: str = "", split: str = "", fields: Fields
             (own.question, *own.more_questions, "question", "problem"),
             (own.answer, *own.more_answers, "answer"),
             own.level,
+            category=first.category,
         )
         return tuple(read_problems(Path(path), names, name, benchmark.form))
     if not benchmark.hub_id:

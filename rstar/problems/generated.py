@@ -164,7 +164,7 @@ def _distinct(
         text, skeleton = text_key(question), skeleton_key(question)
         cot = str(item["metadata"].get("answer_cot", ""))
         ident = f"{family.label}/{split}/{len(problems)}"
-        problem = Problem(ident, question, answer, family.family, family.level, cot)
+        problem = Problem(ident, question, answer, family.family, family.level, cot, family.label)
         if not _is_number(answer):
             dropped["unparsable"] += 1
         elif text in texts:

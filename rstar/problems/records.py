@@ -33,6 +33,7 @@ class Fields:
     more_answers: tuple[str, ...] = ()
     level: str = "level"
     solution: str = "solution"
+    category: str = ""
     answers: str = ""  # field with several attempts' answers or solutions; only synthetic problems have it
     min_agreement: int = 3
 
@@ -91,7 +92,15 @@ def to_problem(record: Mapping[str, object], fields: Fields, source: str, number
         solution = solution or answer
     if not final:
         raise UserError(f"{where} has no answer", need=f"a final answer in its field {fields.answer!r}")
-    return Problem(_ident(record, source, number), question.strip(), final, source, _level(record, fields), solution)
+    return Problem(
+        _ident(record, source, number),
+        question.strip(),
+        final,
+        source,
+        _level(record, fields),
+        solution,
+        _text(record.get(fields.category)),
+    )
 
 
 def _synthetic(
@@ -104,7 +113,10 @@ def _synthetic(
     own = reference_answer(_text(record.get(fields.answer)))
     if own and not is_equivalent_fast(agreed, own):
         agreed = ""
-    return Problem(_ident(record, source, number), question, agreed, SYNTHETIC, _level(record, fields))
+    category = _text(record.get(fields.category))
+    return Problem(
+        _ident(record, source, number), question, agreed, SYNTHETIC, _level(record, fields), category=category
+    )
 
 
 def _ident(record: Mapping[str, object], source: str, number: int) -> str:

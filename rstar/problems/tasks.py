@@ -76,7 +76,7 @@ def last_word(text: str) -> Form:
 
 
 def _identity(record: Record) -> dict[str, object]:
-    return {name: record[name] for name in ("id", "index", "level") if name in record}
+    return {name: record[name] for name in ("id", "index", "level", "category") if name in record}
 
 
 BBH = (

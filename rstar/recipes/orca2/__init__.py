@@ -1,10 +1,11 @@
 """Orca 2 (arXiv 2311.11045): teach a small model which way of reasoning suits a task, with the instruction erased.
 
 Round 0 measures the base. Round 1 trains the first two progressive stages (targets of the data itself, then a weaker
-teacher's explanations under general system messages), chooses a strategy for every sub-category (a problem's level) on
-a development slice, lets the teacher answer with it, and trains and measures the last stage's model: the arm `erased`,
-whose rows carry one cautious system message. Each further round is another arm on the same answers, the ablation that
-the paper lacks: rounds.r2.orca.arm=visible (the instruction stays), rounds.r3.orca.arm=plain (a teacher without one).
+teacher's explanations under general system messages), chooses a strategy for every sub-category (a problem's category;
+its level where the data has none) on a development slice, lets the teacher answer with it, and trains and measures the
+last stage's model: the arm `erased`, whose rows carry one cautious system message. Each further round is another arm on
+the same answers, the ablation that the paper lacks: rounds.r2.orca.arm=visible (the instruction stays),
+rounds.r3.orca.arm=plain (a teacher without one).
 
 Choices where the paper is silent, and deviations from it, each with its switch:
 
@@ -50,7 +51,7 @@ from rstar.config import (
     TrainSection,
     for_round,
 )
-from rstar.extract.explanations import Explanation, Wrap, explanation_row, few_shot_rows
+from rstar.extract.explanations import Explanation, Wrap, explanation_row, few_shot_rows, sub_category
 from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
 from rstar.problems.overlap import text_key
@@ -224,7 +225,8 @@ def flan_rows(
     """Rows whose targets are the data's own answers, without a system message."""
     prompt = prompt_builder(base, model)
     targets = (
-        Explanation(p.level, "", p.question, _target(p), p.id, f"flan/{p.id}", 0) for p in pool(flan.problems, problems)
+        Explanation(sub_category(p), "", p.question, _target(p), p.id, f"flan/{p.id}", 0)
+        for p in pool(flan.problems, problems)
     )
     return {"rows": write_rows(here.output("flan.jsonl"), (explanation_row(one, prompt, system="") for one in targets))}
 
@@ -344,7 +346,7 @@ def by_task(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
     """The problems of each sub-category, in order."""
     tasks: dict[str, list[Problem]] = {}
     for problem in problems:
-        tasks.setdefault(problem.level, []).append(problem)
+        tasks.setdefault(sub_category(problem), []).append(problem)
     return tasks
 
 

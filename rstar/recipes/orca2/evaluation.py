@@ -12,6 +12,7 @@ from typing import Any
 
 from rstar.config import SandboxSection
 from rstar.evaluation import Measure, bootstrap, measures, paired
+from rstar.extract.explanations import sub_category
 from rstar.problems import ProblemSet, load_benchmark
 from rstar.recipes.evaluation import costs, eval_records, problem_trees
 from rstar.recipes.orca2.strategies import strategy_of
@@ -22,7 +23,7 @@ from rstar.types import Problem
 def heldout_problems(benchmarks: Mapping[str, str], pool: ProblemSet, limit: int) -> list[Problem]:
     """The first `limit` held-out problems (0: all), then every problem of the benchmarks, each a sub-category."""
     named = [
-        replace(problem, level=name, id=f"{name}/{problem.id}")
+        replace(problem, category=name, id=f"{name}/{problem.id}")
         for name, path in benchmarks.items()
         for problem in load_benchmark(name, path=path)
     ]
@@ -44,7 +45,7 @@ def measured(
     """
     groups = list(problem_trees(folder))
     records = asyncio.run(eval_records(groups, sandbox))
-    tasks, right = [r.level for r in records], [float(r.passed) for r in records]
+    tasks, right = [sub_category(tree.problem) for (tree,) in groups], [float(r.passed) for r in records]
     shown = [strategy_of(tree.nodes[1].text if len(tree.nodes) > 1 else "", evidence) for (tree,) in groups]
     fits = [float(shows == chosen[task]) for task, shows in zip(tasks, shown, strict=True) if task in chosen]
     all_measures = {

@@ -18,7 +18,7 @@ Texts = Mapping[str, str]
 class Strategies:
     """A strategies file."""
 
-    tasks: Mapping[str, Texts]  # sub-category (a problem's level) -> strategy -> instruction for the teacher
+    tasks: Mapping[str, Texts]  # sub-category of problems -> strategy -> instruction for the teacher
     evidence: Mapping[str, re.Pattern[str]]  # strategy -> what shows it in an answer; the first that is found counts
     messages: Texts  # general system messages of explanation tuning, by name
 
