@@ -24,10 +24,10 @@ from typing import Any
 from rstar.config import digest, for_round, to_dict
 from rstar.evaluation import Measure, Paired, bootstrap, paired
 from rstar.machine import software, this_machine
+from rstar.manifest import RoundDir, RunDir
 from rstar.problems import load_problems
 from rstar.recipes import load_config
 from rstar.report.results import count, measure, share
-from rstar.manifest import RoundDir, RunDir
 from rstar.store import write_json, write_rows
 from rstar.types import UserError
 

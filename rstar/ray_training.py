@@ -23,7 +23,7 @@ def in_ray_train(count: int, work: Callable[[], None], folder: Path) -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     started = not ray.is_initialized()
     if started:
-        address = os.environ.get("RSTAR_RAY_ADDRESS", "local")  # of the run, see rstar.cluster
+        address = os.environ.get("RSTAR_RAY_ADDRESS", "local")  # of the run, see rstar.workers
         options = {"include_dashboard": False, "num_cpus": max(count, os.cpu_count() or 1)}
         ray.init(address=address, logging_level="error", **(options if address == "local" else {}))
     try:

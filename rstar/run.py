@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from rstar.call import Call, call_of, read_call
-from rstar.cluster import ray_session
 from rstar.config import ClusterSection, RunSection, digest, for_round, load, to_json
 from rstar.machine import software
 from rstar.manifest import RoundDir, StageRecord, run_dir
@@ -39,6 +38,7 @@ from rstar.report.results import results, results_table
 from rstar.stopping import run_stage, stop_on_signals, stop_with_driver
 from rstar.store import input_digest, write_json
 from rstar.types import UserError
+from rstar.workers import ray_session
 
 
 class Configured(Protocol):

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from rstar.cluster import PASSIVE_WAIT, LeasedWorker, Leases, _note_loss, dear_first, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import EngineError
 from rstar.recipes.evaluation import unsolved
 from rstar.sandbox import Sandbox, Session
-from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, finished_by, unfinished
+from rstar.search.worker import ProblemSummary, SearchJob, SearchTask, SearchWorker, WorkItem, finished_by, unfinished
 from rstar.store import TreeWriter, index, read_trees, scan, shards
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Problem, TerminalReason, UserError
+from rstar.workers import PASSIVE_WAIT, LeasedWorker, Leases, _note_loss, most_expensive_first, search_all
 from tests.fakes import LiteralSession
 
 PROBLEMS = [
@@ -37,7 +37,7 @@ PROBLEMS = [
 def job(folder: Path, **search: object) -> SearchJob:
     section = SearchSection(rollouts=3, candidates=3, trees_in_flight=4, **search)  # type: ignore[arg-type]
     return SearchJob(
-        passes=(SearchPass(folder, section),),
+        passes=(SearchTask(folder, section),),
         engine=EngineSection(kind="simulated"),
         sandbox=SandboxSection(processes=1),
         model=ModelSection(base="none", template="slm"),
@@ -189,7 +189,7 @@ def test_search_killed_at_any_write_ends_with_the_trees_of_one_that_was_not(
 
     A kill leaves the first trees that were written.
     """
-    monkeypatch.setattr("rstar.search.collect.Sandbox", PlainSandbox)
+    monkeypatch.setattr("rstar.search.worker.Sandbox", PlainSandbox)
     problems = [Problem(f"long-{i}", f"What is {i} + {i + 3} * 2 - 4 + 9 * {i}?", str(12 * i + 2)) for i in range(10)]
 
     def search(folder: Path, revision: int) -> None:
@@ -317,8 +317,8 @@ def test_leases_are_read_as_they_are_taken_and_shared_fairly() -> None:
 
     leases = Leases(stream(), workers=2, in_flight=3)
     assert taken(leases, 2) == ["0", "1"] and len(read) <= 8, "problems are read long before they are searched"
-    assert leases.places == 3
-    assert Leases(items(PROBLEMS), workers=4, in_flight=32).places == 3, "one worker takes what four could share"
+    assert leases.slots == 3
+    assert Leases(items(PROBLEMS), workers=4, in_flight=32).slots == 3, "one worker takes what four could share"
     assert Leases(iter(()), workers=4, in_flight=32).finished.is_set()
 
 
@@ -330,7 +330,7 @@ def test_lost_problems_are_leased_again_and_the_end_waits_for_them() -> None:
         await asyncio.sleep(0)
         assert not idle.done() and not leases.finished.is_set(), "an idle worker left before all was done"
         assert await leases.take(2, holds=1) == [], "a busy worker must not wait for others"
-        leases.back(lost)
+        leases.requeue(lost)
         again = await idle
         assert sorted(item.problem.id for item in again) == ["sum-00", "sum-01"]
         end = asyncio.create_task(leases.take(1, holds=0))
@@ -343,12 +343,12 @@ def test_lost_problems_are_leased_again_and_the_end_waits_for_them() -> None:
 def test_problems_that_were_dear_a_round_ago_go_first(inline: Path) -> None:
     cost = {tree.problem.id: tree.tokens for tree in read_trees(inline)}
     new = Problem(id="new", question="", answer="")
-    order = [item.problem.id for item in dear_first(items([new, *PROBLEMS]), inline)]
+    order = [item.problem.id for item in most_expensive_first(items([new, *PROBLEMS]), inline)]
     known = [cost[name] for name in order if name != "new"]
     assert known == sorted(known, reverse=True) and len(set(known)) > 1
     mean = sum(known) / len(known)
     assert all(cost[name] >= mean for name in order[: order.index("new")])
-    assert dear_first(items(), inline / "nothing") == items()
+    assert most_expensive_first(items(), inline / "nothing") == items()
 
 
 def test_problem_that_kills_every_worker_stops_the_search(tmp_path: Path, ray_address: object) -> None:
@@ -368,7 +368,7 @@ class DyingWorker(SearchWorker):
 
 def test_cluster_that_is_not_there_is_a_user_error() -> None:
     code = (
-        "from rstar.cluster import _connect\nfrom rstar.config import ClusterSection\n"
+        "from rstar.workers import _connect\nfrom rstar.config import ClusterSection\n"
         "from rstar.types import UserError\n"
         "try: _connect(ClusterSection(address='127.0.0.1:1'))\nexcept UserError as e: print('USER', e)"
     )
@@ -410,8 +410,8 @@ def test_problem_that_two_workers_died_with_comes_last_and_alone() -> None:
     async def scene() -> None:
         leases = Leases(items(PROBLEMS[:4]), workers=1, in_flight=4)
         held = await leases.take(4, holds=0)
-        leases.back(held[:1], alone=lambda item: True)
-        leases.back(held[1:2])
+        leases.requeue(held[:1], alone=lambda item: True)
+        leases.requeue(held[1:2])
         assert await leases.take(4, holds=2) == held[1:2], "a suspect is searched beside others"
         leases.done(3)
         assert not leases.finished.is_set()

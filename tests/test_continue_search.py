@@ -17,7 +17,7 @@ from rstar.manifest import RoundDir
 from rstar.recipes import load_config
 from rstar.run import Stage
 from rstar.sandbox import Counts
-from rstar.search import collect
+from rstar.search import worker as search_worker
 from rstar.store import TreeWriter, read_trees
 from rstar.tree import Tree
 from rstar.types import TerminalReason
@@ -85,9 +85,9 @@ def rstar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rstar:
     rows = [json.dumps({"id": name, "question": f"q {name}", "answer": a}) for name, a in ANSWERS.items()]
     (tmp_path / "problems.jsonl").write_text("\n".join(rows))
     (tmp_path / "config.yaml").write_text(CONFIG.replace("PROBLEMS", str(tmp_path / "problems.jsonl")))
-    monkeypatch.setattr(collect, "Sandbox", FakeSandbox)
-    monkeypatch.setattr(collect, "build_policy", lambda *_, **__: Policy(script))
-    monkeypatch.setattr(collect, "build_scorer", scorer)
+    monkeypatch.setattr(search_worker, "Sandbox", FakeSandbox)
+    monkeypatch.setattr(search_worker, "build_policy", lambda *_, **__: Policy(script))
+    monkeypatch.setattr(search_worker, "build_scorer", scorer)
     monkeypatch.setattr(Policy, "calls", 0)
     monkeypatch.setattr(Policy, "stop_at", -1)
 

@@ -26,10 +26,10 @@ from rstar.recipes import flow_dpo, load_config, orca2, outcome_verifier, rstar_
 from rstar.recipes.base_model import checkpoint
 from rstar.recipes.rows import scorer_rows
 from rstar.run import Artifact
-from rstar.search.collect import _sampling
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select
 from rstar.search.sample import sample
+from rstar.search.worker import _sampling
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import optimizer_batches
 from rstar.training.models import load_ppm, transformers_model

@@ -37,8 +37,8 @@ from rstar.config import ExtractSection, ModelSection, ProblemsSection, SearchSe
 from rstar.engines.base import ContextOverflow
 from rstar.engines.simulated import SimulatedScorer, arithmetic_score
 from rstar.evaluation import Candidate, EvalRecord
-from rstar.search.collect import SearchPass
 from rstar.search.mcts import Mcts
+from rstar.search.worker import SearchTask
 from rstar.store import TreeWriter, index
 from rstar.tree import Tree
 from rstar.types import Problem, PromptText, UserError
@@ -390,7 +390,7 @@ def test_searches_are_counted_off_by_seed(tmp_path: Path) -> None:
         for problem in (*q.problems, Problem("other", "?", "7")):
             for seed in range(12):  # as text "#10" comes before "#2"
                 writer.append(Tree(f"{problem.id}#{seed}", problem, ("Q",), seed=seed, tokens=10**seed, complete=True))
-    made = SearchPass(tmp_path, SearchSection(seeds=list(range(12))), test_time=True)
+    made = SearchTask(tmp_path, SearchSection(seeds=list(range(12))), test_time=True)
     (found,) = read_records([(q, made, [1, 3, 12])], Settings(model=ModelSection(base="m")))
     assert [record.problem_id for record in found[3]] == ["p1", "p0"]
     assert [record.tokens for k in (1, 3) for record in found[k]] == [1, 1, 111, 111]

@@ -15,7 +15,7 @@ from rstar.extract.sft import accuracy, sft_rows
 from rstar.extract.trajectories import content, path_segments, provenance, ranked
 from rstar.problems.records import SYNTHETIC
 from rstar.search.mcts import Mcts
-from rstar.search.tree_operations import merge
+from rstar.search.merge import merge
 from rstar.store import write_rows
 from rstar.tree import Node, Tree
 from rstar.types import Problem, TerminalReason, Trajectory, UserError

@@ -19,7 +19,7 @@ LAYERS = {
     "engines": 5, "warmup": 5, "ray_training": 5, "call": 5,
     "search": 6, "extract": 6, "training": 6,
     "evaluation": 7, "manifest": 7,
-    "cluster": 8, "report": 8,
+    "workers": 8, "report": 8,
     "run": 9, "status": 9, "init": 9,
     "recipes": 10,
     "comparison": 11, "doctor": 11,
@@ -27,7 +27,7 @@ LAYERS = {
 }  # fmt: skip
 ONLY_IN = {
     "vllm": {"engines/vllm.py", "engines/vllm_loop.py"},
-    "ray": {"cluster.py", "ray_training.py"},
+    "ray": {"workers.py", "ray_training.py"},
     "torch": {"engines", "training"},
     "transformers": {"engines", "training", "tokens.py", "machine.py"},
 }
@@ -76,7 +76,7 @@ def test_every_part_has_a_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rstar.config", "rstar.search.mcts", "rstar.search.collect", "rstar.cli", "rstar.recipes.rstar_math"]
+    "name", ["rstar.config", "rstar.search.mcts", "rstar.search.worker", "rstar.cli", "rstar.recipes.rstar_math"]
 )
 def test_light_modules_leave_heavy_libraries_alone(name: str) -> None:
     code = f"import sys, {name}; print([m for m in ('torch', 'vllm', 'transformers', 'ray') if m in sys.modules])"

@@ -17,8 +17,8 @@ from rstar.engines.base import ContextOverflow, EngineError
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer, arithmetic_score, arithmetic_script
 from rstar.search.expand import Expander, Sampling, path_prompt
 from rstar.search.mcts import Mcts, puct, select, sequence_priors, uct
+from rstar.search.merge import rescore
 from rstar.search.sample import sample
-from rstar.search.tree_operations import rescore
 from rstar.tree import Node, Tree
 from rstar.types import Generation, PromptText, SamplingParams, TerminalReason
 from tests.fakes import answer, branching, depth_of, finish, grow, problem, step

@@ -38,9 +38,9 @@ from rstar.extract.trajectories import path_segments
 from rstar.grading import is_equivalent_fast
 from rstar.problems import load_benchmark
 from rstar.sandbox import Sandbox
-from rstar.search.collect import tree_id
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts
+from rstar.search.worker import tree_id
 from rstar.tokens import SegmentEncoder, load_tokenizer, question_wrapper
 from rstar.types import Execution, ExecutionStatus, Problem, TerminalReason
 from tests.fakes import LiteralSession, answer, branching, finish, grow, step

@@ -29,7 +29,7 @@ from rstar.recipes.rows import own_prompt
 from rstar.recipes.rstar_math import RECIPE, check
 from rstar.report.unsolved import unsolved, unsolved_text
 from rstar.run import Artifact, Here, Stage
-from rstar.search.collect import SearchWorker
+from rstar.search.worker import SearchWorker
 from rstar.store import index, read_trees
 from rstar.training.data import read_rows
 from rstar.training.ppm import row_kind

@@ -18,7 +18,7 @@ from rstar.engines.busy import Busy
 from rstar.manifest import RunDir
 from rstar.report import progress
 from rstar.report.progress import Progress, SearchProgress, TrainingProgress, line
-from rstar.search.collect import ProblemSummary
+from rstar.search.worker import ProblemSummary
 from rstar.status import status, status_text
 from rstar.store import TreeWriter, write_json
 from rstar.tree import Tree

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rstar.cluster import PASSIVE_WAIT, search_all
 from rstar.config import ClusterSection
-from rstar.search.collect import ProblemSummary, SearchJob
+from rstar.search.worker import ProblemSummary, SearchJob
 from rstar.store import index, shards
+from rstar.workers import PASSIVE_WAIT, search_all
 from tests.benchmarks.faults import running
 from tests.benchmarks.scale import UnexecutedWorker, problems, search_job
 from tests.test_cluster import Together, items
@@ -100,7 +100,7 @@ def test_search_is_complete_though_a_node_dies_in_its_middle(tmp_path: Path, two
 
 OWN = """
 import ray
-from rstar.cluster import ray_session
+from rstar.workers import ray_session
 from rstar.config import ClusterSection
 with ray_session(ClusterSection(address="local")):
     print("own", ray.get_runtime_context().gcs_address, len(ray.nodes()))

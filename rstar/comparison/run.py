@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import ray_session
 from rstar.comparison.methods import Line, Records, Row, equal_tokens, lines, rows
 from rstar.config import (
     ClusterSection,
@@ -35,10 +34,11 @@ from rstar.problems.records import Fields, read_problems
 from rstar.recipes import load_config
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.evaluation import eval_records, eval_search, problem_trees, search_passes
-from rstar.search.collect import SearchJob, SearchPass
+from rstar.search.worker import SearchJob, SearchTask
 from rstar.store import file_digest
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
+from rstar.workers import ray_session
 
 METHODS = ("greedy", "sample", "maj", "bon", "beam", "dvts", "mcts")
 DEFAULT_METHODS = ("greedy", "sample", "maj", "bon", "beam", "mcts")
@@ -259,7 +259,7 @@ def compare(
 
 def _pass(
     contender: Contender, q: Questions, way: str, section: EvalSection, settings: Settings, out: Path
-) -> SearchPass:
+) -> SearchTask:
     search, engine = eval_search(way, section, settings.search, with_scorer=False), settings.engine
     served = engine.kind == "openai"  # by a server that has limits of its own; a verifier beside it is loaded here
     made_by = {
@@ -278,7 +278,7 @@ def _pass(
     # A model's name here depends on which others are named beside it; what its answers were made by does not.
     known = sorted(folder / made for folder in (out / "trees").glob("*") if (folder / made).is_dir())
     folder = known[0] if known else out / "trees" / contender.name.replace("/", "_") / made
-    return SearchPass(folder.resolve(), search, test_time=True)
+    return SearchTask(folder.resolve(), search, test_time=True)
 
 
 def _chosen(section: SearchSection | ModelSection) -> dict[str, Any]:
@@ -292,11 +292,11 @@ def _loaded(engine: EngineSection) -> dict[str, Any]:
     return {"max_context": engine.max_context, "dtype": engine.dtype}
 
 
-def _scored(samples: SearchPass, verifier: str, engine: EngineSection) -> SearchPass:
+def _scored(samples: SearchTask, verifier: str, engine: EngineSection) -> SearchTask:
     """The same samples with the scores of a verifier, in a folder of their own."""
     scored_by = {"scorer": fingerprint(verifier), "loaded": _loaded(engine)}
     folder = samples.folder.with_name(f"{samples.folder.name}-{digest(scored_by)}")
-    return SearchPass(folder, replace(samples.search, use_ppm=True), test_time=True, trees=samples.folder)
+    return SearchTask(folder, replace(samples.search, use_ppm=True), test_time=True, trees=samples.folder)
 
 
 def fingerprint(checkpoint: str) -> list[Any]:
@@ -308,7 +308,7 @@ def fingerprint(checkpoint: str) -> list[Any]:
 
 
 def _search(
-    contender: Contender, title: str, passes: Sequence[tuple[Questions, SearchPass]], settings: Settings, scorer: str
+    contender: Contender, title: str, passes: Sequence[tuple[Questions, SearchTask]], settings: Settings, scorer: str
 ) -> None:
     job = SearchJob(
         passes=tuple(one for _, one in passes),
@@ -321,13 +321,13 @@ def _search(
     search_passes(job, [q.problems for q, _ in passes], settings.cluster, f"{contender.name}, {title}")
 
 
-def read_records(passes: Sequence[tuple[Questions, SearchPass, Sequence[int]]], settings: Settings) -> list[Records]:
+def read_records(passes: Sequence[tuple[Questions, SearchTask, Sequence[int]]], settings: Settings) -> list[Records]:
     """For every pass and k the records of the first k trees of each problem, in the order of the problems.
 
     One call for all passes, because a grader that needs algebra starts a sandbox.
     """
 
-    def prefixes(q: Questions, made: SearchPass, ks: Sequence[int]) -> Iterator[list[Tree]]:
+    def prefixes(q: Questions, made: SearchTask, ks: Sequence[int]) -> Iterator[list[Tree]]:
         wanted = {problem.id for problem in q.problems}
         for trees in problem_trees(made.folder):
             if trees[0].problem.id in wanted:
@@ -343,7 +343,7 @@ def read_records(passes: Sequence[tuple[Questions, SearchPass, Sequence[int]]], 
     return read
 
 
-def _counts(made: SearchPass) -> list[int]:
+def _counts(made: SearchTask) -> list[int]:
     """How many trees of a problem stand for it: all samples are in one, searches are counted off."""
     return [1] if made.search.method == "sample" else [seed + 1 for seed in made.search.seeds]
 

@@ -11,7 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rstar.cluster import dear_first, search_all
 from rstar.config import (
     ClusterSection,
     EngineSection,
@@ -28,11 +27,12 @@ from rstar.recipes.base_model import absolute, checkpoint, own_folder_paths
 from rstar.report.progress import SearchProgress
 from rstar.run import Artifact, Counts, Here
 from rstar.sandbox import Sandbox
-from rstar.search.collect import SearchJob, SearchPass, check_search, unfinished
 from rstar.search.failures import infrastructure_failures
+from rstar.search.worker import SearchJob, SearchTask, check_search, unfinished
 from rstar.store import index, read_frame, read_trees, shards, write_json
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
+from rstar.workers import most_expensive_first, search_all
 
 
 def search_passes(
@@ -45,7 +45,7 @@ def search_passes(
     todo = [item for i, problems in enumerate(sets) for item in unfinished(problems, job, i)]
     total = sum(map(len, sets))
     with SearchProgress(name, total=total, already=total - len(todo)) as progress:
-        search_all(job, dear_first(todo, before) if before else todo, cluster, progress)
+        search_all(job, most_expensive_first(todo, before) if before else todo, cluster, progress)
 
 
 def problem_trees(folder: Path) -> Iterator[list[Tree]]:
@@ -129,10 +129,10 @@ def eval_search_settings(search: SearchSection, *, guided: bool = True) -> Searc
     )
 
 
-def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, with_ppm: bool) -> dict[str, SearchPass]:
+def eval_passes(section: EvalSection, search: SearchSection, folder: Path, *, with_ppm: bool) -> dict[str, SearchTask]:
     """One search pass per evaluation method; searches need a PPM and are left out without one."""
     return {
-        method: SearchPass((folder / method).resolve(), one, test_time=True)
+        method: SearchTask((folder / method).resolve(), one, test_time=True)
         for method in section.methods
         if (one := eval_search(method, section, search, with_scorer=with_ppm)).method == "sample" or with_ppm
     }

@@ -64,7 +64,7 @@ from rstar.recipes.training import check_loads_checkpoints, fine_tune
 from rstar.recipes.verification import curve, evaluated
 from rstar.report.progress import TrainingProgress, say_dropped
 from rstar.run import Artifact, Counts, Here, Recipe, Run
-from rstar.search.collect import SearchJob, SearchPass
+from rstar.search.worker import SearchJob, SearchTask
 from rstar.store import shards, write_rows
 from rstar.tokens import question_wrapper
 from rstar.types import OutcomeRow, Problem, SftRow, UserError
@@ -200,7 +200,7 @@ def evaluate_epochs(
         if eval.epoch_samples:
             ways["sample"] = replace(search, rollouts=eval.epoch_samples)
         folders = {name: here.round.eval / f"{epochs:02g}" / name for name in ways}
-        passes = [SearchPass(folders[name].resolve(), one, test_time=True) for name, one in ways.items()]
+        passes = [SearchTask(folders[name].resolve(), one, test_time=True) for name, one in ways.items()]
         job = search_job(passes, model, trained.path, engine, sandbox)
         search_passes(job, [heldout] * len(passes), cluster, f"{epochs:g} epochs")
         for name, folder in folders.items():
@@ -233,7 +233,7 @@ def draw_completions(
     """The generator's completions of the training problems, graded."""
     here.resume(here.round.trees)
     pool, folder = load_problems(problems).train, here.round.trees
-    job = search_job([SearchPass(folder.resolve(), search)], model, generator.path, engine, sandbox)
+    job = search_job([SearchTask(folder.resolve(), search)], model, generator.path, engine, sandbox)
     search_passes(job, [pool], cluster, "completions")
     here.outputs.extend(shards(folder))
     return tree_counts(pool, folder)
@@ -255,7 +255,7 @@ def draw_candidates(
     here.resume(folder)
     one = replace(search, rollouts=eval.completions)
     heldout = heldout_problems(problems, eval)
-    job = search_job([SearchPass(folder.resolve(), one, test_time=True)], model, generator.path, engine, sandbox)
+    job = search_job([SearchTask(folder.resolve(), one, test_time=True)], model, generator.path, engine, sandbox)
     search_passes(job, [heldout], cluster, "candidates")
     here.outputs.extend(shards(folder))
     return tree_counts(heldout, folder)
@@ -266,7 +266,7 @@ def candidates_folder(round_folder: Path) -> Path:
 
 
 def search_job(
-    passes: Sequence[SearchPass],
+    passes: Sequence[SearchTask],
     model: ModelSection,
     policy: Path,
     engine: EngineSection,
@@ -347,7 +347,7 @@ def rank_candidates(
     """Best of n by the verifier among the candidates, beside votes and the best possible choice."""
     folder = here.round.eval / "verifier"
     here.resume(folder)
-    found = SearchPass(folder.resolve(), search, test_time=True, trees=candidates_folder(candidates.folder))
+    found = SearchTask(folder.resolve(), search, test_time=True, trees=candidates_folder(candidates.folder))
     job = search_job([found], model, generator.path, engine, sandbox, verifier=str(verifier.path))
     search_passes(job, [heldout_problems(problems, eval)], cluster, f"round {here.round.number} ranking")
     one = evaluated(folder, sandbox, voters=eval.voters, sizes=eval.sizes)

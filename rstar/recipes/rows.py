@@ -13,7 +13,7 @@ from rstar.extract.sft import sft_rows
 from rstar.problems import ProblemSet
 from rstar.problems.worked import solution_text
 from rstar.prompts import step_prompt
-from rstar.search.tree_operations import merge
+from rstar.search.merge import merge
 from rstar.tree import Tree
 from rstar.types import Problem, PromptText, SftRow, UserError
 

@@ -106,7 +106,7 @@ from rstar.recipes.training import (
     warm_up_training,
 )
 from rstar.run import Artifact, Counts, Here, Recipe, Run
-from rstar.search.collect import SearchJob, SearchPass
+from rstar.search.worker import SearchJob, SearchTask
 from rstar.store import index, shards, write_rows
 from rstar.tokens import check_tokenizer, load_tokenizer, question_wrapper
 from rstar.tree import Tree
@@ -180,7 +180,7 @@ def search(
     pool, folder = load_problems(problems).train, here.round.trees
     scorer = search.ppm or (str(ppm.path) if ppm is not None else "")
     job = SearchJob(
-        passes=(SearchPass(folder.resolve(), search, **notes),),
+        passes=(SearchTask(folder.resolve(), search, **notes),),
         engine=engine,
         sandbox=sandbox,
         model=own_folder_paths(model),

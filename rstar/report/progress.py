@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-    from rstar.search.collect import ProblemSummary
+    from rstar.search.worker import ProblemSummary
     from rstar.types import TrainProgress
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rstar.engines.base import ContextOverflow, EngineError, Policy, Scorer
 from rstar.grading import extract_answer
 from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
-from rstar.search.together import together
+from rstar.search.gather import gather
 from rstar.tree import Node, Tree
 from rstar.types import (
     Execution,
@@ -141,7 +141,7 @@ class Expander:
         They are created in the order of `nodes`, whichever is ready first, so that the tree does not depend on timing.
         """
         wanted = counts or [0] * len(nodes)
-        ready = await together(*map(self.draw, nodes, wanted))
+        ready = await gather(*map(self.draw, nodes, wanted))
         return [
             child for node, candidates in zip(nodes, ready, strict=True) for child in self._attach(node, candidates)
         ]

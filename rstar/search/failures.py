@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from rstar.search.collect import ProblemSummary
+from rstar.search.worker import ProblemSummary
 from rstar.store import append_line, read_lines
 from rstar.types import ExecutionStatus, UserError
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from rstar.search.expand import Expander
-from rstar.search.together import together
+from rstar.search.gather import gather
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason
 
@@ -92,7 +92,7 @@ class Mcts:
                 self.tree.rollouts_done += 1
                 self.tree.seconds = seconds_before + time.monotonic() - begun
 
-        await together(*(walker() for _ in range(min(in_flight, max(0, rollouts - started)))))
+        await gather(*(walker() for _ in range(min(in_flight, max(0, rollouts - started)))))
 
     async def rollout(self) -> None:
         """One walk from the root: select, expand, back up."""

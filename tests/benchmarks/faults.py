@@ -38,7 +38,6 @@ import psutil
 
 from rstar import evaluation, manifest, store
 from rstar.call import Call
-from rstar.cluster import ray_session, search_all
 from rstar.config import ClusterSection, EngineSection
 from rstar.engines.base import EngineError
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
@@ -48,11 +47,12 @@ from rstar.recipes import load_config, rstar_math
 from rstar.report.html import write_report
 from rstar.run import Artifact, Here, Run, Stage
 from rstar.sandbox import Counts, SandboxError
-from rstar.search import collect
-from rstar.search.collect import ProblemSummary, WorkItem
+from rstar.search import worker as search_worker
 from rstar.search.failures import infrastructure_failures
+from rstar.search.worker import ProblemSummary, WorkItem
 from rstar.store import complete_or_absent, file_digest, index, read_trees, scan
 from rstar.types import Execution, ExecutionStatus, Generation, PromptText, SamplingParams, UserError
+from rstar.workers import ray_session, search_all
 from tests.benchmarks.scale import UnexecutedWorker, problems, search_job
 
 ROOT = Path(__file__).parent.parent.parent
@@ -173,8 +173,8 @@ def _light() -> Iterator[None]:
     """What takes long and is not tried here does little."""
     few = partial(evaluation.bootstrap, resamples=10)
     with contextlib.ExitStack() as stack:
-        if collect.Sandbox.__module__ != __name__:
-            stack.enter_context(patched(collect, Sandbox=TrustedSandbox))
+        if search_worker.Sandbox.__module__ != __name__:
+            stack.enter_context(patched(search_worker, Sandbox=TrustedSandbox))
         stack.enter_context(patched(recipe_evaluation, Sandbox=TrustedSandbox))
         stack.enter_context(patched(evaluation, bootstrap=few))
         stack.enter_context(patched(manifest, this_machine=lambda: ""))
@@ -399,7 +399,7 @@ def engine_dies(base: Path) -> Damage:
     folder = fresh(base, "engine")
     DyingPolicy.calls = 0
     policy = DyingPolicy(lambda call: call in (4, 30, 90))
-    with patched(collect, build_policy=lambda *_, **__: policy):
+    with patched(search_worker, build_policy=lambda *_, **__: policy):
         evolve(configured(folder))
     record = run_dir(configured(folder).run).round(1).record("search")
     assert record is not None and record.counts["infrastructure"]["worker"] >= 2
@@ -410,7 +410,7 @@ def engine_dies(base: Path) -> Damage:
 def engine_stays_dead(base: Path) -> Damage:
     """An engine that always dies stops the search after cluster.max_failures; once it lives, the run goes on."""
     folder = fresh(base, "dead")
-    with patched(collect, build_policy=lambda *_, **__: DyingPolicy(lambda call: True)):
+    with patched(search_worker, build_policy=lambda *_, **__: DyingPolicy(lambda call: True)):
         try:
             evolve(configured(folder))
             raise AssertionError("nothing stopped")
@@ -435,7 +435,7 @@ def sandbox_fails(base: Path) -> Damage:
     """A failure of the sandbox is no failed step: the problem is searched again."""
     folder = fresh(base, "sandbox")
     BrokenSandbox.broken = True
-    with patched(collect, Sandbox=BrokenSandbox):
+    with patched(search_worker, Sandbox=BrokenSandbox):
         evolve(configured(folder))
     assert infrastructure_failures(folder / "run" / "round_00" / "eval" / "greedy") == {"worker": 1}
     return damage(folder, undisturbed(base))
@@ -481,7 +481,7 @@ def garbage(base: Path, lost: bool) -> Damage:
     """A search whose steps all time out, or whose evaluations are lost again and again, is stopped."""
     folder = fresh(base, f"garbage-{lost}")
     write_sums(folder / "sums.jsonl", 100)
-    with patched(collect, Sandbox=SlowSandbox), patched(SlowSandbox, lost=lost):
+    with patched(search_worker, Sandbox=SlowSandbox), patched(SlowSandbox, lost=lost):
         try:
             evolve(configured(folder, f"problems.path={folder}/sums.jsonl", "eval.methods=[]"))
             raise AssertionError("training on garbage")
@@ -494,7 +494,7 @@ def garbage(base: Path, lost: bool) -> Damage:
 def nothing_solved(base: Path) -> Damage:
     """A round without a correct solution stops before anything is trained."""
     folder = fresh(base, "nothing")
-    with patched(collect, build_policy=lambda *_, **__: SimulatedPolicy(lambda *_: "no step<end_of_answer>")):
+    with patched(search_worker, build_policy=lambda *_, **__: SimulatedPolicy(lambda *_: "no step<end_of_answer>")):
         try:
             evolve(configured(folder))
             raise AssertionError("trained on nothing")

@@ -30,12 +30,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rstar.cluster import PASSIVE_WAIT, ray_session, search_all
 from rstar.config import ClusterSection, EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.sandbox import Counts
-from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem, unfinished
+from rstar.search.worker import ProblemSummary, SearchJob, SearchTask, SearchWorker, WorkItem, unfinished
 from rstar.store import shards
 from rstar.types import Execution, ExecutionStatus, Problem
+from rstar.workers import PASSIVE_WAIT, ray_session, search_all
 
 PAPER_PROBLEMS, PAPER_ROLLOUTS, PAPER_CANDIDATES = 747_000, 16, 8
 ASSUMED_TOKENS_PER_SECOND = 2_500  # of one worker's engine: a 7B policy and a PPM sharing one H100-class GPU
@@ -80,7 +80,7 @@ def problems(count: int) -> Iterator[Problem]:
 def search_job(folder: Path) -> SearchJob:
     section = SearchSection(rollouts=2, candidates=2, trees_in_flight=32)
     return SearchJob(
-        passes=(SearchPass(folder, section),),
+        passes=(SearchTask(folder, section),),
         engine=EngineSection(kind="simulated"),
         sandbox=SandboxSection(),
         model=ModelSection(base="none", template="slm"),

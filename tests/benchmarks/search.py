@@ -46,10 +46,10 @@ from rstar.engines.build import build_policy
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.prompts import END_OF_ANSWER, END_OF_CODE, END_OF_STEP, step_prompt
 from rstar.sandbox import Counts
-from rstar.search.collect import ProblemSummary, SearchJob, SearchPass, SearchWorker, WorkItem
 from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.gather import gather
 from rstar.search.mcts import Mcts
-from rstar.search.together import together
+from rstar.search.worker import ProblemSummary, SearchJob, SearchTask, SearchWorker, WorkItem
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Generation, Problem, PromptText, SamplingParams
 
@@ -180,7 +180,7 @@ async def started_worker(
 ) -> SearchWorker:
     """A search worker with `policy` for its engine, which stays open when the worker closes."""
     job = SearchJob(
-        passes=(SearchPass(Path(tempfile.mkdtemp(dir=folder)), search),),
+        passes=(SearchTask(Path(tempfile.mkdtemp(dir=folder)), search),),
         engine=EngineSection(kind="simulated"),
         sandbox=SandboxSection(),
         model=model or ModelSection(base="none", template="slm"),
@@ -224,7 +224,7 @@ async def collect(
         for item in queue:
             on_done(await search_problem(item))
 
-    await together(*(puller() for _ in range(min(in_flight, len(items)))))
+    await gather(*(puller() for _ in range(min(in_flight, len(items)))))
 
 
 async def expansion_rate(folder: Path, problems: int, *, execute: bool) -> float:

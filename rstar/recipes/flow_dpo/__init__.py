@@ -68,7 +68,7 @@ from rstar.recipes.flow_dpo.tables import accuracy_table, flow_table, margin_tab
 from rstar.recipes.rows import reference_row, reference_rows
 from rstar.recipes.training import fine_tune, warm_up_training
 from rstar.run import Artifact, Counts, Here, Recipe, Run
-from rstar.search.collect import SearchPass, check_search
+from rstar.search.worker import SearchTask, check_search
 from rstar.store import read_json, write_rows
 from rstar.tokens import question_wrapper
 from rstar.types import PreferenceRow, Problem, SftRow, UserError
@@ -197,7 +197,7 @@ def evaluate_untrained(
         flow_pass(search, folders["flow"]),
         single_pass(search, folders["stream-single"], graded=True),
         flow_pass(search, folders["stream-flow"], graded=True),
-        SearchPass(folders["pairs"].resolve(), search),
+        SearchTask(folders["pairs"].resolve(), search),
     ]
     sets = [pool.train if name.startswith("stream") else pool.heldout for name in names]
     job = search_job(passes, base, model, engine, sandbox)

@@ -12,7 +12,7 @@ from rstar.recipes.base_model import checkpoint, own_folder_paths
 from rstar.recipes.evaluation import problem_trees
 from rstar.recipes.verification import evaluated
 from rstar.run import Artifact
-from rstar.search.collect import SearchJob, SearchPass
+from rstar.search.worker import SearchJob, SearchTask
 from rstar.store import read_json
 from rstar.tree import ANSWER, STOP, Tree
 
@@ -20,12 +20,12 @@ ROLES = (ANSWER, STOP)
 """Names of the two adapters."""
 
 
-def flow_pass(search: SearchSection, folder: Path, *, graded: bool = False) -> SearchPass:
+def flow_pass(search: SearchSection, folder: Path, *, graded: bool = False) -> SearchTask:
     """Base chains alone: one prediction of the flow for each problem."""
-    return SearchPass(folder.resolve(), replace(search, deviations=False), test_time=not graded)
+    return SearchTask(folder.resolve(), replace(search, deviations=False), test_time=not graded)
 
 
-def single_pass(search: SearchSection, folder: Path, *, graded: bool = False, samples: int = 0) -> SearchPass:
+def single_pass(search: SearchSection, folder: Path, *, graded: bool = False, samples: int = 0) -> SearchTask:
     """The single model's greedy solutions, with as many tokens as the flow has; or `samples` drawn ones.
 
     In words it is a flow of one piece, so that answers are read alike.
@@ -37,11 +37,11 @@ def single_pass(search: SearchSection, folder: Path, *, graded: bool = False, sa
         one = replace(one, seeds=list(range(n)))
     else:
         one = replace(search, method="sample", temperature=drawn, rollouts=n)
-    return SearchPass(folder.resolve(), one, test_time=not graded)
+    return SearchTask(folder.resolve(), one, test_time=not graded)
 
 
 def search_job(
-    passes: Sequence[SearchPass],
+    passes: Sequence[SearchTask],
     policy: Artifact,
     model: ModelSection,
     engine: EngineSection,

@@ -31,7 +31,7 @@ from rstar.recipes.base_model import checkpoint
 from rstar.recipes.flow_dpo.passes import ROLES, search_job
 from rstar.report.progress import Progress
 from rstar.run import Artifact, Counts, Here
-from rstar.search.collect import SearchPass, SearchWorker, WorkItem
+from rstar.search.worker import SearchTask, SearchWorker, WorkItem
 from rstar.store import index, path_digest, read_json, shards, sync_path, write_json
 from rstar.tree import Tree
 from rstar.types import PreferenceRow, Problem
@@ -94,7 +94,7 @@ def learn_stream(
     here.resume(folder)
     already, pool = committed(folder), load_problems(problems).train
     trainer = AdapterTrainer(checkpoint(base, model), ROLES, dpo, seed=run_seed)
-    job = search_job([SearchPass(folder.resolve(), search)], base, model, engine, sandbox)
+    job = search_job([SearchTask(folder.resolve(), search)], base, model, engine, sandbox)
     worker = SearchWorker(replace(job, lora_rank=dpo.lora_rank), "w0")
     progress, right = Progress(here.title, total=len(pool), already=already), 0
 

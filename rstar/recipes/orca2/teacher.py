@@ -11,7 +11,7 @@ from rstar.extract.explanations import Explanation, explanation
 from rstar.recipes.base_model import absolute, base_model, own_folder_paths
 from rstar.recipes.evaluation import search_passes
 from rstar.run import Here
-from rstar.search.collect import SearchJob, SearchPass
+from rstar.search.worker import SearchJob, SearchTask
 from rstar.store import read_trees, shards
 from rstar.types import Problem
 
@@ -51,7 +51,7 @@ def ask(
         checkpoint: Folder or hub id of the student's weights; empty for a teacher, whose model.base is taken.
         graded: The answers are compared with the reference answers, which an evaluation must not do here.
     """
-    passes = [SearchPass(one.folder.resolve(), search, test_time=not graded, system=one.system) for one in sets]
+    passes = [SearchTask(one.folder.resolve(), search, test_time=not graded, system=one.system) for one in sets]
     base = base_model(who.model, here.round.root) if who.model.base and not checkpoint else checkpoint
     job = SearchJob(
         passes=tuple(passes),

@@ -1,10 +1,10 @@
 """Where search workers run: in this process, or as Ray actors. With training's launcher the only code that imports ray.
 
-Problems are leased: a worker is given a handful whenever it has places free, and small summaries come back; workers
-write their own shards, so trees never pass through the driver. A slow worker asks less often and never holds more than
-it is searching, so there is nothing to take away from it; an idle one takes what comes next. When a worker dies, or its
-engine or sandbox does, the problems it held are leased again and another worker is started in its place, wherever there
-is room. A problem that was lost with two workers comes last and alone: it may be what kills them.
+Problems are leased: a worker gets some whenever it has free slots, and returns small summaries. Workers write their own
+shards, so trees never pass through the driver. A slow worker asks less often and never holds more than it is searching.
+When a worker dies, or its engine or sandbox does, the problems it held are requeued and another worker is started in
+its place, wherever there is room. A problem that was lost with two workers is requeued last and searched alone, because
+it may be what kills them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any, Protocol
 from rstar.config import ClusterSection
 from rstar.engines.base import EngineError
 from rstar.sandbox import SandboxError
-from rstar.search.collect import ProblemSummary, SearchJob, SearchWorker, WorkItem, finished_by
 from rstar.search.failures import Failures
+from rstar.search.worker import ProblemSummary, SearchJob, SearchWorker, WorkItem, finished_by
 from rstar.store import index, read_head, shards, sync_path
 from rstar.types import UserError
 
@@ -37,7 +37,8 @@ ADDRESS_VARIABLE = "RSTAR_RAY_ADDRESS"
 PASSIVE_WAIT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 """OpenMP threads that spin while they wait slow everything beside them down 10-30x; set before torch is imported."""
 
-HANDFUL = 4  # problems in a worker's first lease, doubled each time: the dear ones, which come first, are spread out
+FIRST_LEASE = 4
+"""Problems in a worker's first lease; doubled each time, so that the expensive ones, which come first, are spread out."""
 CLOSE_SECONDS = 10.0  # for a worker to give its engines and sandbox back
 WAIT_SECONDS = 60.0  # until the driver says that a worker does not start
 
@@ -90,7 +91,7 @@ def search_all(
     on_done: Callable[[ProblemSummary], None],
     make_worker: Make = SearchWorker,
 ) -> None:
-    """Search every item; `on_done` hears of each as it finishes. Returns when all trees are on disk.
+    """Search every item; `on_done` gets the summary of each as it finishes. Returns when all trees are on disk.
 
     `items` is read as problems are leased, so a stream of any length takes no memory here.
     """
@@ -112,7 +113,7 @@ def search_all(
             sync_path(path)
 
 
-def dear_first(items: Sequence[WorkItem], folder: Path) -> list[WorkItem]:
+def most_expensive_first(items: Sequence[WorkItem], folder: Path) -> list[WorkItem]:
     """`items` by what their problems cost in the trees of `folder` (the round before's), in generated tokens, so that
     the end of a search does not wait for a long one that began last. Problems without a tree there cost the mean."""
     tokens: Counter[str] = Counter()
@@ -182,9 +183,9 @@ class Leases:
         self._alone: deque[WorkItem] = deque()
         self._out = 0
         self._moved = asyncio.Event()
-        self.places = min(in_flight, math.ceil(len(self._waiting) / workers))  # no worker idles beside a full one
+        self.slots = min(in_flight, math.ceil(len(self._waiting) / workers))  # no worker idles beside a full one
         self.finished = asyncio.Event()
-        self._look()
+        self._update()
 
     async def take(self, room: int, *, holds: int) -> list[WorkItem]:
         """Up to `room` problems. A worker that `holds` none waits here for those of others to come back or be done;
@@ -203,9 +204,9 @@ class Leases:
     def done(self, problems: int) -> None:
         """So many of those that are out are searched."""
         self._out -= problems
-        self._look()
+        self._update()
 
-    def back(self, items: Iterable[WorkItem], *, alone: Callable[[WorkItem], bool] = lambda item: False) -> None:
+    def requeue(self, items: Iterable[WorkItem], *, alone: Callable[[WorkItem], bool] = lambda item: False) -> None:
         """These are to be searched again: first, or, those that are to be `alone`, last and one at a time."""
         for item in items:
             self._out -= 1
@@ -215,7 +216,7 @@ class Leases:
                 self._waiting.appendleft(item)
         self._moved.set()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         if not self._out:
             self._waiting.extend(islice(self._source, 0 if self._waiting else 1))
             if not self._waiting and not self._alone:
@@ -240,7 +241,7 @@ class LeasedWorker:
             self._running, timeout=None if wait else 0, return_when=asyncio.FIRST_COMPLETED
         )
         searched = {task for task in done if task.exception() is None}
-        self._running = running | (done - searched)  # a failure is told when there is nothing else to tell
+        self._running = running | (done - searched)  # failures are raised when no summary is left to return
         return [task.result() for task in searched or done]
 
     async def close(self) -> None:
@@ -275,27 +276,27 @@ async def _search(
             name = f"w{number}-{life}" if life else f"w{number}"
             worker = make_worker(name)
             held: dict[tuple[int, str], WorkItem] = {}
-            handful = HANDFUL
+            lease = FIRST_LEASE
             try:
                 if not await _started(worker, leases):
                     return
                 while True:
-                    asked = min(handful, leases.places - len(held))
+                    asked = min(lease, leases.slots - len(held))
                     items = await leases.take(asked, holds=len(held))
                     held.update((key(item), item) for item in items)
                     if not held:
                         return
-                    handful *= 2 if handful < leases.places else 1
-                    full = len(items) < asked or len(held) == leases.places
+                    lease *= 2 if lease < leases.slots else 1
+                    full = len(items) < asked or len(held) == leases.slots
                     searched(held, await worker.exchange(items, full))
             except LOST as error:
                 lost = error
             finally:
                 await worker.close()
-            searched(held, finished_by(name, held.values(), job))  # on disk, and not told any more
+            searched(held, finished_by(name, held.values(), job))  # on disk, but not reported before it died
             concerned = list(held) or [(number, "start")]
             deaths.update(concerned)
-            leases.back(held.values(), alone=lambda item: deaths[key(item)] >= ALONE_AFTER)
+            leases.requeue(held.values(), alone=lambda item: deaths[key(item)] >= ALONE_AFTER)
             failures.note("worker", f"w{number}", str(lost) or type(lost).__name__)
             _note_loss(number, lost, max(deaths[one] for one in concerned), section)
 

@@ -26,10 +26,10 @@ from rstar.sandbox import Sandbox
 from rstar.search.beam import beam_search, dvts
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.flow import flow
+from rstar.search.gather import gather
 from rstar.search.mcts import Mcts
+from rstar.search.merge import rescore
 from rstar.search.sample import sample, score_answers
-from rstar.search.together import together
-from rstar.search.tree_operations import rescore
 from rstar.store import FrameRef, TreeWriter, index, read_frame, scan
 from rstar.tokens import question_wrapper
 from rstar.tree import ANSWER, Tree
@@ -37,7 +37,7 @@ from rstar.types import Problem, UserError
 
 
 @dataclass(frozen=True)
-class SearchPass:
+class SearchTask:
     """One way of searching, and where its trees go."""
 
     folder: Path
@@ -53,7 +53,7 @@ class SearchPass:
 class SearchJob:
     """Everything a worker needs to know, small enough to travel. Several passes share its engines."""
 
-    passes: tuple[SearchPass, ...]
+    passes: tuple[SearchTask, ...]
     engine: EngineSection
     sandbox: SandboxSection
     model: ModelSection
@@ -90,7 +90,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class ProblemSummary:
-    """What the driver hears of a finished problem."""
+    """Counts of a finished problem, which its worker sends to the driver."""
 
     pass_index: int
     problem_id: str
@@ -144,7 +144,7 @@ def summarise(item: WorkItem, trees: Sequence[Tree], *, test_time: bool) -> Prob
 
 
 def finished_by(worker: str, items: Iterable[WorkItem], job: SearchJob) -> list[ProblemSummary]:
-    """Summaries of the `items` whose trees are all complete in the shards of `worker`: what a lost one has not told."""
+    """Summaries of the `items` whose trees are complete in the shards of a `worker` that was lost unreported."""
     complete: list[dict[str, FrameRef]] = []
     for one in job.passes:
         path = _shard(one, worker)
@@ -160,7 +160,7 @@ def finished_by(worker: str, items: Iterable[WorkItem], job: SearchJob) -> list[
     return found
 
 
-def _shard(one: SearchPass, worker: str) -> Path:
+def _shard(one: SearchTask, worker: str) -> Path:
     return one.folder / f"trees-{worker}.jsonl.zst"
 
 
@@ -252,7 +252,7 @@ class SearchWorker:
         sampling = replace(_sampling(section), adapter=ANSWER if ANSWER in self.adapters else None)
         growing = [Expander(tree, tools, sampling) for tree in trees if not tree.complete]
         for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
-            await together(*(self._grow(expander, item, target) for expander in growing))
+            await gather(*(self._grow(expander, item, target) for expander in growing))
             further = any(tree.rollouts_done > target for tree in trees)
             if one.test_time or (any(tree.solved for tree in trees) and not further):
                 break
@@ -348,7 +348,7 @@ class SearchWorker:
             revision=one.revision,
         )
 
-    def _tools(self, one: SearchPass) -> Tools:
+    def _tools(self, one: SearchTask) -> Tools:
         assert self._policy is not None and self._grader is not None
         grader = self._grader
 

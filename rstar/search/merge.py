@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from rstar.engines.base import ContextOverflow, Scorer
 from rstar.search.expand import completion, path_prompt, scores
-from rstar.search.together import together
+from rstar.search.gather import gather
 from rstar.tree import Node, Tree
 from rstar.types import TerminalReason, UserError
 
@@ -115,7 +115,7 @@ async def rescore(tree: Tree, scorer: Scorer, *, ppm: str = "") -> Tree:
         ]
         for parent in new.nodes
     ]
-    found = await together(
+    found = await gather(
         *(
             scores(scorer, path_prompt(new, parent), [completion(new, child) for child in children])
             for parent, children in zip(new.nodes, wanted, strict=True)

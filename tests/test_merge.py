@@ -10,7 +10,7 @@ import pytest
 from rstar.engines.simulated import SimulatedScorer, arithmetic_score
 from rstar.search.expand import Expander, path_prompt
 from rstar.search.mcts import Mcts
-from rstar.search.tree_operations import merge, rescore
+from rstar.search.merge import merge, rescore
 from rstar.tree import Node, Tree
 from rstar.types import Problem, TerminalReason, UserError
 from tests.fakes import answer, branching, choices, depth_of, finish, grow, step

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
+async def gather(*work: Coroutine[Any, Any, T]) -> list[T]:
     """Run all of `work` at once and return the results in order.
 
     Where one fails, or all are cancelled, the others are cancelled and awaited first: with `asyncio.gather` they would
