@@ -243,6 +243,16 @@ def test_sub_categories_are_a_field_of_the_file_and_the_level_is_taken_where_it_
     assert {task: len(group) for task, group in orca2.by_task(problems).items()} == {"sums": 2, "easy": 1}
 
 
+@pytest.mark.parametrize("task", ["..", ".", "../../x", "a/b", "/tmp/x", "a%2Fb", "a\0b", "Counting & Probability"])
+def test_a_sub_category_is_one_folder_whatever_it_is_called(task: str, tmp_path: Path) -> None:
+    names = {orca2.folder_name(other) for other in (task, "a/b", "a%2Fb")}
+    assert len(names) == len({task, "a/b", "a%2Fb"})  # no two share a folder
+    folder = tmp_path / "run" / orca2.folder_name(task)
+    folder.mkdir(parents=True)
+    assert [path.name for path in folder.parent.iterdir()] == [orca2.folder_name(task)]
+    assert folder.resolve().parent == tmp_path.resolve() / "run"
+
+
 def test_a_generated_problems_sub_category_is_its_label_whatever_its_level() -> None:
     families = {"sums": {"family": "chain_sum", "level": "1", "count": 2, "heldout": 0}}
     (first, _) = load_problems(ProblemsSection(families=families)).train

@@ -34,6 +34,7 @@ O12 teachers answer greedily; the paper does not say: search.temperature. The st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -303,14 +304,16 @@ def select(
         asked["student"] = (TeacherSection(engine, model), checkpoint(student, model))
     for who, (section, weights) in asked.items():
         sets = [
-            AnswerSet(folder / who / task / name, text, tasks[task][: orca.development])
+            AnswerSet(folder / who / folder_name(task) / name, text, tasks[task][: orca.development])
             for task, texts in candidates.items()
             for name, text in texts.items()
         ]
         ask(here, section, sets, search, sandbox, cluster, f"choosing, {who}", checkpoint=weights)
     choice: dict[str, dict[str, Any]] = {}
     for task, texts in candidates.items():
-        figures = {name: {who: share_solved(folder / who / task / name) for who in asked} for name in texts}
+        figures = {
+            name: {who: share_solved(folder / who / folder_name(task) / name) for who in asked} for name in texts
+        }
         best = choose({name: fmean(shares.values()) for name, shares in figures.items()}, texts)
         choice[task] = {"strategy": best, "instruction": texts[best], "figures": figures}
     write_json(output, choice)
@@ -333,7 +336,7 @@ def answers(
     here.resume(folder)
     train, chosen = load_problems(problems).train, read_json(choice.path)
     sets = [
-        AnswerSet(folder / "chosen" / task, str(chosen[task]["instruction"]), group)
+        AnswerSet(folder / "chosen" / folder_name(task), str(chosen[task]["instruction"]), group)
         for task, group in by_task(train).items()
     ]
     sets.append(AnswerSet(folder / "plain", orca.cautious, train))
@@ -348,6 +351,11 @@ def by_task(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
     for problem in problems:
         tasks.setdefault(sub_category(problem), []).append(problem)
     return tasks
+
+
+def folder_name(task: str) -> str:
+    """A sub-category as the name of one folder: the data may call it "algebra/linear" or ".."."""
+    return re.sub(r"[%/\0]|^\.", lambda match: f"%{ord(match[0]):02X}", task)
 
 
 def extract(
