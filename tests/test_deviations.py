@@ -347,3 +347,18 @@ def test_deviation_D25_a_fresh_ppm_has_a_head_near_zero_without_bias_and_dropout
     model = transformers_model(load_ppm(str(tiny_model), PpmSection(), load_tokenizer(tiny_model)).model)
     assert model.score.bias is None and 0 < float(model.score.weight.detach().abs().max()) < 0.01
     assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+
+
+def test_deviation_D26_the_papers_configs_score_whatever_a_search_may_write() -> None:
+    _, config = load_config(str(CONFIGS / "qwen2.5-math-7b.yaml"), [])
+    assert config.ppm.max_length == config.engine.max_context == 4096
+    _, official = load_config(str(CONFIGS / "qwen2.5-math-7b.yaml"), ["ppm.max_length=2048"])
+    assert official.ppm.max_length == 2048
+
+
+async def test_deviation_D27_solutions_that_differ_in_comments_only_are_one_row() -> None:
+    expander = grow(branching(2, lambda made: True))
+    await Mcts(expander).search(12)
+    rows = sft_rows([expander.tree], top=9)
+    programs = [re.sub(r"#.*|\s", "", row.completion) for row in rows]
+    assert rows and len(set(programs)) == len(programs)

@@ -139,14 +139,17 @@ def test_a_completion_and_its_reference_stay_in_one_optimizer_step(
 def test_completions_that_are_too_long_are_cut_or_where_only_their_end_is_scored_dropped(
     tiny_model: Path, outcomes: list[OutcomeRow]
 ) -> None:
+    longer = replace(outcomes[0], segments=(*outcomes[0].segments, ("and more words", True)))
+    outcomes = [longer, *outcomes[1:]]
     whole = encoded(tiny_model, outcomes, [])
-    longest = max(row.tokens for row in whole)
+    longest = whole[0].tokens
+    assert longest > max(row.tokens for row in whole[1:])
     cut = encoded(tiny_model, outcomes, [], max_length=longest - 1)
     for before, after in zip(whole, cut, strict=True):
         assert after.paths[0].tolist() == before.paths[0][: longest - 1].tolist()
         assert after.scored.tolist() == [place for place in before.scored if place < longest - 1]
     left = encoded(tiny_model, outcomes, [], max_length=longest - 1, level="solution")
-    assert [row.name for row in left] == [row.name for row in whole if row.tokens < longest]
+    assert [row.name for row in left] == [row.name for row in whole[1:]]
     with pytest.raises(UserError, match="rows are longer than max_length=4"):
         encoded(tiny_model, outcomes, [], max_length=4)
 

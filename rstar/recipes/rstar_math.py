@@ -59,6 +59,11 @@ D24 an optimizer step holds whole trees, so that shared prefixes are computed on
     sft.tree_rows=1, ppm.tree_rows=1. The paper's configs keep 16 pairs of a tree together.
 D25 the PPM's head starts at N(0, 0.001) without bias and dropout, and the last weights are kept; C has N(5e-7, 1e-6), a
     bias, dropout 0.1 and keeps the best on held-out pairs. No switch: both call every pair a draw at the start.
+D26 a pair that is longer than ppm.max_length is dropped, not cut, and the paper's configs give the PPM as many tokens
+    as a search may write (4096); C has 2048 and cuts: ppm.max_length=2048.
+D27 the solutions kept of a problem are different programs (comments and spacing apart), ties go by multiplicity, then
+    log-probability, and one whose answer step goes on after the answer is kept only where there is no other; P and C
+    compare texts. No switch: the same program twice teaches nothing more.
 """
 
 from __future__ import annotations
