@@ -38,7 +38,7 @@ PASSIVE_WAIT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS
 """OpenMP threads that spin while they wait slow everything beside them down 10-30x; set before torch is imported."""
 
 FIRST_LEASE = 4
-"""Problems in a worker's first lease; doubled each time, so that the expensive ones, which come first, are spread out."""
+"""Problems in a worker's first lease; doubled each time, so that the expensive ones, which come first, are spread."""
 CLOSE_SECONDS = 10.0  # for a worker to give its engines and sandbox back
 WAIT_SECONDS = 60.0  # until the driver says that a worker does not start
 

@@ -20,8 +20,7 @@ import pytest
 
 from rstar.config import EngineSection, PpmSection
 from rstar.engines.base import squash
-from rstar.engines.hf import HfPolicy
-from rstar.engines.hf_scorer import HfScorer
+from rstar.engines.hf import HfPolicy, HfScorer
 from rstar.engines.openai import OpenAIPolicy
 from rstar.extract.preferences import preference_rows
 from rstar.extract.sft import sft_rows

@@ -25,7 +25,7 @@ def test_the_scorer_has_a_device_of_its_own_where_the_config_says_so(
     monkeypatch: pytest.MonkeyPatch, kind: str, scorer_device: str, expected: str
 ):
     """The engine modules are stand-ins: what matters is the section that reaches them."""
-    for module in ("hf", "hf_scorer", "vllm"):
+    for module in ("hf", "vllm"):
         classes = {
             name: lambda path, section, **_: section for name in ("HfScorer", "VllmScorer", "HfPolicy", "VllmPolicy")
         }

@@ -15,12 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rstar.config import EngineSection
 from rstar.engines.base import EngineError, squash
-from rstar.engines.hf import HfPolicy
-from rstar.engines.hf_packed import PackedLinear, pack_linears
-from rstar.engines.hf_prefix import PrefixCache, common_prefix
-from rstar.engines.hf_rows import _group
-from rstar.engines.hf_sampling import sample_tokens
-from rstar.engines.hf_scorer import HfScorer
+from rstar.engines.hf import HfPolicy, HfScorer, PackedLinear, pack_linears, sample_tokens
+from rstar.engines.hf_attention import PrefixCache, _group, common_prefix
 from rstar.search.expand import Expander, Sampling, Tools
 from rstar.search.mcts import Mcts
 from rstar.tokens import load_tokenizer

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rstar.calculator import completion
 from rstar.config import EngineSection, VerifierSection, recipe_name
 from rstar.engines.base import ValueHead, squash, value_head
-from rstar.engines.hf_scorer import HfScorer
+from rstar.engines.hf import HfScorer
 from rstar.evaluation import Candidate, EvalRecord
 from rstar.extract.outcomes import outcome_rows
 from rstar.grading import is_equivalent_fast

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rstar.config import EngineSection, PpmSection
 from rstar.engines.base import Scorer, squash
-from rstar.engines.hf_scorer import HfScorer
+from rstar.engines.hf import HfScorer
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import micro_batches
 from rstar.training.data import encode_pair

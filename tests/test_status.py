@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from rstar import cli
-from rstar.engines.busy import Busy
 from rstar.manifest import RunDir
 from rstar.report import progress
 from rstar.report.progress import Progress, SearchProgress, TrainingProgress, line
+from rstar.search.utilisation import Utilisation
 from rstar.search.worker import ProblemSummary
 from rstar.status import status, status_text
 from rstar.store import TreeWriter, write_json
@@ -102,7 +102,7 @@ def test_the_latest_state_is_in_the_run_s_file(tmp_path: Path, monkeypatch: pyte
 def test_busy_is_the_share_of_the_time_with_at_least_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    busy = Busy()
+    busy = Utilisation()
     now = 2.0
     with busy:
         now = 3.0

@@ -58,7 +58,7 @@ def build_scorer(section: EngineSection, model_path: str) -> Scorer:
     section = replace(section, device=section.scorer_device or section.device)
     match "hf" if section.kind == "vllm" and value_head(model_path) else section.kind:
         case "hf" | "openai":
-            from rstar.engines.hf_scorer import HfScorer
+            from rstar.engines.hf import HfScorer
 
             return HfScorer(model_path, section)
         case "vllm":

@@ -19,7 +19,6 @@ from pathlib import Path
 from rstar.config import EngineSection, ModelSection, SandboxSection, SearchSection
 from rstar.engines.base import Policy, Scorer
 from rstar.engines.build import build_policy, build_scorer
-from rstar.engines.busy import Busy, WatchedPolicy, WatchedScorer
 from rstar.grading import Grader
 from rstar.prompts import STOP_SYSTEM, split_stop_question, step_prompt
 from rstar.sandbox import Sandbox
@@ -30,6 +29,7 @@ from rstar.search.gather import gather
 from rstar.search.mcts import Mcts
 from rstar.search.merge import rescore
 from rstar.search.sample import sample, score_answers
+from rstar.search.utilisation import Utilisation, WatchedPolicy, WatchedScorer
 from rstar.store import FrameRef, TreeWriter, index, read_frame, scan
 from rstar.tokens import question_wrapper
 from rstar.tree import ANSWER, Tree
@@ -171,7 +171,7 @@ class SearchWorker:
         self.job, self.name = job, name
         self.identity = f"{socket.gethostname()}:{os.getpid()}:{name}"
         self.sandbox = Sandbox(job.sandbox)
-        self._busy = Busy()
+        self._utilisation = Utilisation()
         self._known_failures = 0  # of the sandbox
         self._grader: Grader | None = None
         self._policy: Policy | None = None
@@ -205,7 +205,7 @@ class SearchWorker:
                 print(
                     f"{writer.path}: {writer.torn_bytes} bytes of a tree that a crash cut off are dropped", flush=True
                 )
-        self._busy = Busy()  # its time begins when everything is loaded
+        self._utilisation = Utilisation()  # its time begins when everything is loaded
 
     async def close(self) -> None:
         for writer in self._writers:
@@ -236,7 +236,7 @@ class SearchWorker:
         summary = summarise(item, trees, test_time=one.test_time or scored_again)
         failed, known = self.sandbox.counts.infrastructure_failures, self._known_failures
         self._known_failures = failed
-        return replace(summary, up=self._busy.seconds, busy=self._busy.share, restarted=failed - known)
+        return replace(summary, up=self._utilisation.seconds, busy=self._utilisation.share, restarted=failed - known)
 
     async def trees(self, item: WorkItem) -> list[Tree]:
         """As search_problem, but the trees themselves.
@@ -264,7 +264,7 @@ class SearchWorker:
     async def _score_again(self, item: WorkItem) -> list[Tree]:
         """Copy the problem's trees of the pass's `trees` with their answers scored; it generates nothing."""
         assert self._scorer is not None
-        scorer, trees = WatchedScorer(self._scorer, self._busy), []
+        scorer, trees = WatchedScorer(self._scorer, self._utilisation), []
         for seed in self.job.passes[item.pass_index].search.seeds:
             source = self._sources[item.pass_index].get(tree_id(item.problem, seed))
             if source is None or not source.complete:
@@ -355,8 +355,10 @@ class SearchWorker:
         async def grade(answer: str, problem: Problem) -> bool:
             return await grader.is_equivalent(answer, problem.answer)
 
-        policy = WatchedPolicy(self._policy, self._busy)
-        scorer = WatchedScorer(self._scorer, self._busy) if one.search.use_ppm and self._scorer is not None else None
+        policy = WatchedPolicy(self._policy, self._utilisation)
+        scorer = (
+            WatchedScorer(self._scorer, self._utilisation) if one.search.use_ppm and self._scorer is not None else None
+        )
         return Tools(policy, scorer, self.sandbox.session, None if one.test_time else grade)
 
 

@@ -9,7 +9,7 @@ from rstar.engines.base import Policy, Scorer
 from rstar.types import Generation, PromptText, SamplingParams
 
 
-class Busy:
+class Utilisation:
     """Counts the time in which at least one call is inside `with busy:`."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Busy:
 class WatchedPolicy:
     """A policy whose calls count as busy time."""
 
-    def __init__(self, policy: Policy, busy: Busy) -> None:
+    def __init__(self, policy: Policy, busy: Utilisation) -> None:
         self._policy, self._busy = policy, busy
 
     async def generate(self, prompt: PromptText, params: SamplingParams) -> list[Generation]:
@@ -56,7 +56,7 @@ class WatchedPolicy:
 class WatchedScorer:
     """A scorer whose calls count as busy time."""
 
-    def __init__(self, scorer: Scorer, busy: Busy) -> None:
+    def __init__(self, scorer: Scorer, busy: Utilisation) -> None:
         self._scorer, self._busy = scorer, busy
 
     async def score(self, prompt: PromptText, completions: Sequence[Sequence[str]]) -> list[float]:
