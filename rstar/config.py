@@ -207,12 +207,9 @@ class SearchSection:
     c: NonNegative = 2.0  # exploration constant of UCT
     selection: Literal["uct", "puct"] = "uct"
     unvisited_first: bool = True  # UCT is infinite at N = 0; false: 0, as in the official code (D1)
-    back_up_dead_ends: bool = True  # false: a dead end's -1 stays with its node (as in the official code, D3)
-    back_up_max_depth: bool = True  # false: the same for max_depth (D4)
     drop_failed_steps: bool = (
         True  # only steps whose code runs are kept; false: without output, and never run again (D20)
     )
-    first_answer_only: bool = False  # an expansion with an answer keeps its first and nothing else (official code, D5)
     use_ppm: bool = False  # PPM-augmented instead of terminal-guided
     ppm: str = field(default="", metadata=INPUT)  # folder of that PPM; empty: the one of the round before
     beam_width: Positive = 8  # of beam: nodes kept at each depth; dvts splits it into beam_width / candidates subtrees
@@ -281,7 +278,6 @@ class PpmSection(TrainSection):
     batch_size: Positive = 512  # pairs per optimizer step
     score_scale: float = 5.0  # score = tanh(raw / scale)
     tanh_in_loss: bool = False
-    margin: float = 0.0  # times a pair's Q margin: by how much its scores are to differ at least; the paper has none
     loss: Literal["pairwise", "mse", "bce"] = "pairwise"  # pairwise (PPM), mse (PQM), bce (ORM)
     heldout: float = 0.05  # share of problems kept for pair accuracy
 

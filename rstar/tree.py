@@ -120,13 +120,13 @@ class Tree:
             depth, parent = depth + 1, self.nodes[parent].parent
         return depth
 
-    def backpropagate(self, node: Node, value: float, *, ancestors: bool = True) -> None:
+    def backpropagate(self, node: Node, value: float) -> None:
         """Add one visit with return `value` in [-1, 1] to `node` and all its ancestors (rStar-Math Eq. 2)."""
         current: Node | None = node
         while current is not None:
             current.visit_count += 1
             current.value_sum += value
-            current = self.parent(current) if ancestors else None
+            current = self.parent(current)
 
     def set_ppm_value(self, node: Node, value: float, prior_visits: int = 1) -> None:
         """Give `node` the PPM's score of its path, in place of the one it may have; all other returns stay.

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rstar.config import SearchSection
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer
 from rstar.manifest import RunDir, run_dir
 from rstar.prompts import step_prompt
 from rstar.run import Artifact, Recipe, Run, Stage
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, Problem
 
@@ -60,7 +61,7 @@ def grow(
         grade=None if test_time else exact_grade,
     )
     tree = Tree(tree_id=f"p#{seed}", problem=problem(answer), prompt=step_prompt("Q: q\n").segments, seed=seed)
-    sampling = Sampling(
+    sampling = SearchSection(
         candidates=candidates,
         temperature=1.0,
         max_depth=max_depth,

@@ -35,8 +35,6 @@ class Settings:
     selection: str = "uct"
     unvisited_first: bool = True
     max_depth: int = 16
-    back_up_dead_ends: bool = True
-    back_up_max_depth: bool = True
 
 
 @dataclass(eq=False)
@@ -152,15 +150,10 @@ class Search:
                 child.kind = "max_depth"
             if child.kind == "answer":
                 child.back_up(child.draw.ppm if settings.guidance == "test" else child.draw.reward)
-            elif child.kind == "max_depth" and settings.back_up_max_depth:
-                child.back_up(-1.0)
             elif child.kind == "max_depth":
-                child.visits, child.total = 1, -1.0
+                child.back_up(-1.0)
             elif child.kind == "live" and settings.guidance != "terminal":
                 child.visits, child.total = settings.prior_visits, child.draw.ppm
         if not any(child.kind in ("live", "answer", "max_depth") for child in node.children):
             node.kind = "dead_end"
-            if settings.back_up_dead_ends:
-                node.back_up(-1.0)
-            else:
-                node.visits, node.total = node.visits + 1, node.total - 1.0
+            node.back_up(-1.0)

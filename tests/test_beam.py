@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from rstar.config import SearchSection
 from rstar.engines.simulated import SimulatedPolicy
 from rstar.evaluation import eval_record
 from rstar.search.beam import beam_search, dvts
@@ -78,7 +79,7 @@ async def test_beam_shrinks_by_one_for_each_answer_among_the_best() -> None:
         return 0.5 if "boxed" in text else 0.0
 
     expander = grow(script, candidates=3, score=score, test_time=True)
-    expander.sampling = expander.sampling.__class__(3, answer_candidates=2, max_step_tokens=99)
+    expander.sampling = SearchSection(candidates=3, answer_candidates=2, max_step_tokens=99)
     await beam_search(expander, 3)
     tree = expander.tree
     at_depth_two = [node for node in tree.nodes if tree.depth(node) == 2 and node.terminal is None]

@@ -29,7 +29,6 @@ from rstar.run import Artifact
 from rstar.search.expand import Expander
 from rstar.search.mcts import Mcts, select
 from rstar.search.sample import sample
-from rstar.search.worker import _sampling
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import optimizer_batches
 from rstar.training.models import load_ppm, transformers_model
@@ -74,21 +73,6 @@ def test_the_other_recipes_number_their_deviations_and_name_settings_that_exist(
     assert named and named <= set(keys(recipe.Config)), named
 
 
-def test_searches_take_every_switch_from_the_config() -> None:
-    section = SearchSection(
-        ppm_prior_visits=0,
-        back_up_dead_ends=False,
-        back_up_max_depth=False,
-        first_answer_only=True,
-        drop_failed_steps=False,
-        answer_candidates=3,
-    )
-    sampling = _sampling(section)
-    for name in ("ppm_prior_visits", "back_up_dead_ends", "back_up_max_depth", "first_answer_only", "drop_failed_steps",
-                 "answer_candidates"):  # fmt: skip
-        assert getattr(sampling, name) == getattr(section, name) != getattr(SearchSection(), name), name
-
-
 def test_deviation_D1_switch_scores_unvisited_children_zero() -> None:
     """G2b: with the official rule A is still chosen, and a toy tree is searched nearly depth first."""
     tree = Tree(tree_id="t", problem=problem(), prompt=("q",))
@@ -111,45 +95,31 @@ def failing(prompt: str, seed: int, index: int) -> str:
     return step(1, f"x1 = {index}") if depth_of(prompt) == 0 else step(2, f"boom({index})")
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-async def test_deviation_D3_switch_keeps_a_dead_end_from_its_ancestors(everywhere: bool) -> None:
-    expander = with_switch(grow(failing), back_up_dead_ends=everywhere)
+async def test_deviation_D3_a_dead_end_is_backed_up_once() -> None:
+    expander = grow(failing)
     await Mcts(expander).search(10)
     tree = expander.tree
     dead = [node for node in tree.children(tree.root) if node.terminal is TerminalReason.DEAD_END]
     assert [(n.visit_count, n.value_sum) for n in dead] == [(1, -1.0)] * 2
-    assert (tree.root.visit_count, tree.root.value_sum) == ((2, -2.0) if everywhere else (0, 0.0))
+    assert (tree.root.visit_count, tree.root.value_sum) == (2, -2.0)
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-async def test_deviation_D4_switch_keeps_max_depth_from_its_ancestors(everywhere: bool) -> None:
+async def test_deviation_D4_max_depth_is_backed_up_to_the_root() -> None:
     expander = grow(branching(9, lambda made: True), candidates=1, max_depth=3)
-    expander = with_switch(expander, back_up_max_depth=everywhere)
     await Mcts(expander).search(1)
     (leaf,) = [n for n in expander.tree.nodes if n.terminal is TerminalReason.MAX_DEPTH]
     assert (leaf.visit_count, leaf.value_sum) == (1, -1.0)
-    assert expander.tree.root.visit_count == int(everywhere)
+    assert (expander.tree.root.visit_count, expander.tree.root.value_sum) == (1, -1.0)
 
 
-async def test_deviation_D5_switch_keeps_the_first_answer_alone() -> None:
+async def test_deviation_D5_all_distinct_answers_of_an_expansion_are_kept() -> None:
     def script(prompt: str, seed: int, index: int) -> str:
-        if "<end_of_code>" not in prompt:
-            return finish("v")
-        return answer(str(index)) if index else "no answer at all<end_of_answer>"
+        return finish("v") if "<end_of_code>" not in prompt else answer(str(index % 3))
 
-    expander = with_switch(grow(script, candidates=4), first_answer_only=True)
+    expander = grow(script, candidates=4)
     await Mcts(expander).search(1)
-    assert [node.answer for node in expander.tree.nodes if node.terminal] == ["1"]
-    assert expander.tree.root.visit_count == 1
-
-
-async def test_deviation_D5_switch_leaves_plain_samples_alone() -> None:
-    def script(prompt: str, seed: int, index: int) -> str:
-        return finish("v") if "<end_of_code>" not in prompt else answer(str(index % 4))
-
-    expander = with_switch(grow(script, candidates=8), first_answer_only=True)
-    await sample(expander, 8)
-    assert sum(leaf.multiplicity for leaf in expander.tree.answers()) == 8
+    assert [node.answer for node in expander.tree.nodes if node.terminal] == ["0", "1", "2"]
+    assert expander.tree.root.visit_count == 3
 
 
 def test_deviation_D6_scores_are_squashed_and_the_loss_is_on_raw_scores() -> None:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rstar.config import EngineSection
+from rstar.config import EngineSection, SearchSection
 from rstar.engines.base import EngineError, squash
 from rstar.engines.hf import HfPolicy, HfScorer, PackedLinear, pack_linears, sample_tokens
 from rstar.engines.hf_attention import PrefixCache, _group, common_prefix
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.search.mcts import Mcts
 from rstar.tokens import load_tokenizer
 from rstar.tree import Tree
@@ -272,7 +272,7 @@ async def test_a_search_that_ends_early_takes_its_requests_out_of_the_engine(tin
     engine = fresh(tiny_model)
     tools = Tools(engine, None, lambda seed: LiteralSession(), exact_grade)
     trees = [Tree(f"p#{i}", problem(), PROMPTS[i].segments) for i in range(2)]
-    searches = [Mcts(Expander(tree, tools, Sampling(candidates=3, max_step_tokens=1500))) for tree in trees]
+    searches = [Mcts(Expander(tree, tools, SearchSection(candidates=3, max_step_tokens=1500))) for tree in trees]
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(search.search(8, in_flight=2)) for search in searches]
         while not engine._batches or len(engine._batches[None].samples) < 6:

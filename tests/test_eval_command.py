@@ -273,14 +273,14 @@ OTHER = {
     "method": "beam", "rollouts": "3", "escalate": "[2]", "second_pass": "4", "candidates": "3",
     "answer_candidates": "1", "temperature": "0.5", "top_p": "0.5", "max_depth": "5", "max_step_tokens": "99",
     "form": "text", "calculator": "true", "chain_temperature": "0.5", "deviations": "false", "c": "0.3",
-    "selection": "puct", "unvisited_first": "false", "back_up_dead_ends": "false", "back_up_max_depth": "false",
-    "drop_failed_steps": "false", "first_answer_only": "true", "use_ppm": "true", "ppm": "elsewhere",
+    "selection": "puct", "unvisited_first": "false",
+    "drop_failed_steps": "false", "use_ppm": "true", "ppm": "elsewhere",
     "beam_width": "4", "ppm_prior_visits": "0", "rollouts_in_flight": "3", "trees_in_flight": "3", "seeds": "[5]",
     "checkpoint_rollouts": "1",
 }  # fmt: skip
 """A value for every key of the search section that is not its default."""
 SAMPLING = {"top_p", "max_depth", "max_step_tokens", "form", "calculator", "drop_failed_steps"}
-EXPANSION = SAMPLING | {"answer_candidates", "first_answer_only"}
+EXPANSION = SAMPLING | {"answer_candidates"}
 WAYS = ("greedy", "sample", "beam", "dvts", "mcts")
 
 
@@ -308,9 +308,7 @@ def test_a_search_setting_starts_new_folders_for_the_methods_that_read_it_alone(
         "sample": SAMPLING,
         "beam": EXPANSION | {"beam_width"},
         "dvts": EXPANSION | {"beam_width"},
-        "mcts": EXPANSION
-        | {"c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits"}
-        | {"back_up_dead_ends", "back_up_max_depth"},
+        "mcts": EXPANSION | {"c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits"},
     }
     assert anew("eval.rollouts=3") == {"mcts"} and anew("eval.candidates=3") == {"beam", "dvts", "mcts"}
 

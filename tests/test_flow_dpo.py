@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rstar import store
-from rstar.config import DpoSection, EngineSection
+from rstar.config import DpoSection, EngineSection, SearchSection
 from rstar.engines.base import ContextOverflow
 from rstar.engines.hf import HfPolicy
 from rstar.engines.simulated import SimulatedPolicy
@@ -35,7 +35,7 @@ from rstar.recipes.flow_dpo.stream import committed, read_stream, stream
 from rstar.recipes.flow_dpo.tables import progressive_accuracy, progressive_curve
 from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.search.flow import flow
 from rstar.store import TreeWriter, complete_or_absent, read_trees, shards
 from rstar.tokens import question_wrapper
@@ -50,7 +50,9 @@ ASKED = "Is this the complete"
 Script = Callable[[str, int, int], str]
 
 
-def grow(script: Script, *, chunks: int = 6, tokens: int = 1000, form: str = "chunks", **options: object) -> Tree:
+def grow(
+    script: Script, *, chunks: int = 6, tokens: int = 1000, form: Literal["text", "steps"] = "text", **options: object
+) -> Tree:
     """A flow's tree over scripted models; tokens are characters."""
     tools = Tools(
         policy=SimulatedPolicy(script, count_tokens=len),
@@ -60,7 +62,9 @@ def grow(script: Script, *, chunks: int = 6, tokens: int = 1000, form: str = "ch
     )
     tree = Tree(tree_id="p#0", problem=problem("1"), prompt=("Q: q\n",), searcher="flow")
     tree.settings["stop_borders"] = split_stop_question(lambda text: f"[{text}]", "q")
-    sampling = Sampling(candidates=3, temperature=1.0, form=form, max_depth=chunks, max_step_tokens=tokens)
+    sampling = SearchSection(
+        method="flow", candidates=3, temperature=1.0, form=form, max_depth=chunks, max_step_tokens=tokens
+    )
     asyncio.run(flow(Expander(tree, tools, sampling), **options))  # type: ignore[arg-type]
     return tree
 
@@ -223,7 +227,9 @@ def test_f2_the_chain_is_greedy_by_default_and_deviations_are_drawn() -> None:
         tools = Tools(Watched(worked, count_tokens=len), None, lambda seed: LiteralSession(), exact_grade)  # type: ignore[arg-type,return-value]
         tree = Tree(tree_id="p#0", problem=problem("1"), prompt=("Q: q\n",))
         tree.settings["stop_borders"] = split_stop_question(str, "q")
-        sampling = Sampling(candidates=3, temperature=1.0, form="chunks", max_depth=6, max_step_tokens=1000)
+        sampling = SearchSection(
+            method="flow", candidates=3, temperature=1.0, form="text", max_depth=6, max_step_tokens=1000
+        )
         asyncio.run(flow(Expander(tree, tools, sampling), chain_temperature=temperature))
         assert {t for t, n in asked if n == 1} == {temperature} and [t for t, n in asked if n == 3] == [1.0, 1.0]
 

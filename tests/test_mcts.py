@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import pytest
 
+from rstar.config import SearchSection
 from rstar.engines.base import ContextOverflow, EngineError
 from rstar.engines.simulated import SimulatedPolicy, SimulatedScorer, arithmetic_score, arithmetic_script
-from rstar.search.expand import Expander, Sampling, path_prompt
+from rstar.search.expand import Expander, path_prompt
 from rstar.search.mcts import Mcts, puct, select, sequence_priors, uct
 from rstar.search.merge import rescore
 from rstar.search.sample import sample
@@ -169,7 +170,7 @@ async def test_malformed_text_is_recorded_and_never_backed_up(text: str, reason:
 
 async def test_token_limit_makes_a_candidate_malformed_even_when_it_looks_whole() -> None:
     expander = grow(lambda prompt, seed, index: step(1, "x" * 400))
-    expander = type(expander)(expander.tree, expander.tools, Sampling(2, max_step_tokens=5))
+    expander = type(expander)(expander.tree, expander.tools, SearchSection(candidates=2, max_step_tokens=5))
     (child,) = await expander.expand(expander.tree.root)
     assert child.terminal is TerminalReason.MALFORMED
 
@@ -225,7 +226,7 @@ async def test_deviation_D5_all_distinct_answer_siblings_are_kept() -> None:
 
 async def test_deviation_D13_answer_steps_may_get_fewer_samples() -> None:
     expander = grow(branching(1, lambda made: True))
-    expander = type(expander)(expander.tree, expander.tools, Sampling(4, answer_candidates=2))
+    expander = type(expander)(expander.tree, expander.tools, SearchSection(candidates=4, answer_candidates=2))
     await Mcts(expander).search(1)
     sampled = [sum(c.multiplicity for c in expander.tree.children(n)) for n in expander.tree.nodes if n.expanded]
     assert sampled == [4, 4, 2]
@@ -371,7 +372,9 @@ async def test_sampling_draws_n_solutions_and_counts_shared_texts() -> None:
 
 async def test_greedy_is_one_sample_at_temperature_zero() -> None:
     expander = grow(branching(2, lambda made: made == [0, 0]))
-    expander = type(expander)(expander.tree, expander.tools, Sampling(1, temperature=0.0, max_step_tokens=99))
+    expander = type(expander)(
+        expander.tree, expander.tools, SearchSection(candidates=1, temperature=0.0, max_step_tokens=99)
+    )
     await sample(expander, 1)
     (leaf,) = expander.tree.answers()
     assert leaf.reward == 1

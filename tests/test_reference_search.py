@@ -10,8 +10,9 @@ from functools import cache
 
 import pytest
 
+from rstar.config import SearchSection
 from rstar.prompts import step_prompt
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.search.mcts import Mcts
 from rstar.tree import Tree
 from rstar.types import Generation, PromptText, SamplingParams, TerminalReason
@@ -77,8 +78,6 @@ def random_settings(seed: int) -> Settings:
         selection=rng.choice(("uct", "uct", "puct")),
         unvisited_first=rng.random() < 0.7,
         max_depth=rng.choice((2, 4, 8, 16)),
-        back_up_dead_ends=rng.random() < 0.7,
-        back_up_max_depth=rng.random() < 0.7,
     )
 
 
@@ -128,12 +127,10 @@ async def searched(script: Script, settings: Settings, choose: Callable[[int], i
         open_session=lambda seed: LiteralSession(),  # type: ignore[arg-type,return-value]
         grade=None if settings.guidance == "test" else exact_grade,
     )
-    sampling = Sampling(
+    sampling = SearchSection(
         candidates=8,
         max_depth=settings.max_depth,
         ppm_prior_visits=settings.prior_visits,
-        back_up_dead_ends=settings.back_up_dead_ends,
-        back_up_max_depth=settings.back_up_max_depth,
     )
     tree = Tree(tree_id="p#0", problem=problem("1"), prompt=step_prompt("Q: q\n").segments)
     unvisited = float("inf") if settings.unvisited_first else 0.0

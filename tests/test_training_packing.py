@@ -106,7 +106,6 @@ def test_searched_trees_give_the_policy_loss_of_plain_rows(
 
 LOSSES = {
     "pairwise": PpmSection(),
-    "margin": PpmSection(margin=0.4),
     "tanh": PpmSection(tanh_in_loss=True, score_scale=1.5),
     "mse": PpmSection(loss="mse", score_scale=1.5),
     "bce": PpmSection(loss="bce", score_scale=1.5),
@@ -139,7 +138,7 @@ def test_score_loss_and_gradients_equal_those_of_plain_rows(
     for row in rows:
         if section.loss == "pairwise":
             chosen, rejected = (score(row.prompt_segments, s) for s in (row.chosen_segments, row.rejected_segments))
-            terms.append(-functional.logsigmoid(chosen - rejected - section.margin * row.q_margin))
+            terms.append(-functional.logsigmoid(chosen - rejected))
             weights.append(row.weight)
         elif section.loss == "mse":
             for k, q in enumerate(row.q_values):

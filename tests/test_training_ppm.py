@@ -98,12 +98,6 @@ def test_labels_are_learnt_and_measured_by_the_pairs_they_order(tiny_model: Path
     assert result.heldout_after.pairs == sum(a > b for found in values.values() for a in found for b in found) > 0
 
 
-def test_a_margin_is_demanded_of_the_scores() -> None:
-    chosen, rejected, margin = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.5])
-    losses = pairwise_losses(chosen, rejected, margin_N=margin)
-    assert losses.tolist() == pytest.approx([np.log(2), np.log1p(np.exp(-1.5))], abs=1e-6)
-
-
 def test_rows_of_the_wrong_kind_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ppm.loss=pairwise with a OutcomeRow; need rows of kind PreferenceRow"):
         train_ppm(outcome_rows(), str(tiny_model), tmp_path / "v", QUICK, seed=0)

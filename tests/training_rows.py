@@ -7,9 +7,10 @@ import asyncio
 import random
 from types import SimpleNamespace
 
+from rstar.config import SearchSection
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.prompts import step_prompt
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.search.mcts import Mcts
 from rstar.tree import Tree
 from rstar.types import Execution, ExecutionStatus, OutcomeRow, PreferenceRow, Problem, QValueRow, SftRow, UserError
@@ -119,7 +120,7 @@ def search_trees(problems: int = 3, rollouts: int = 16) -> list[Tree]:
         tools = Tools(SimulatedPolicy(arithmetic_script), None, lambda seed: session, right)  # type: ignore[arg-type]
         problem = Problem(id=question, question=question, answer=str(answer))
         tree = Tree(tree_id=f"{question}#0", problem=problem, prompt=step_prompt(f"{question}\n").segments)
-        await Mcts(Expander(tree, tools, Sampling(candidates=8, temperature=1.0))).search(rollouts)
+        await Mcts(Expander(tree, tools, SearchSection(candidates=8, temperature=1.0))).search(rollouts)
         return tree
 
     sums = [(12 + k, 3, 7 + k, 20, 4) for k in range(problems)]

@@ -203,10 +203,9 @@ _NEVER_READ = (  # the seeds are counted off, and the others are how a search is
     "deviations",
 )  # fmt: skip
 _WALKED = (  # by MCTS alone, which goes by visits and their returns
-    "c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits", "back_up_dead_ends",
-    "back_up_max_depth",
+    "c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits",
 )  # fmt: skip
-_EXPANDED = ("candidates", "answer_candidates", "beam_width", "first_answer_only")  # by searches, and by no sampling
+_EXPANDED = ("candidates", "answer_candidates", "beam_width")  # by searches, and by no sampling
 _UNREAD = {
     "greedy": (*_NEVER_READ, *_WALKED, *_EXPANDED, "top_p"),
     "sample": (*_NEVER_READ, *_WALKED, *_EXPANDED),

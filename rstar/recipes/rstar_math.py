@@ -13,11 +13,11 @@ D1  unvisited children come first (UCT is infinite at N = 0); C scores them 0 an
     toy tree: search.unvisited_first=false. Equal scores go by PPM value, then creation order; C takes the first.
 D2  a child's PPM value counts as its first visit, as in C; P's Eq. 3 does not count it: search.ppm_prior_visits=0.
 D3  an expansion without a live child, an answer or a max_depth child makes its node a dead end: -1, backed up once.
-    C leaves such a -1 on the node: search.back_up_dead_ends=false.
-D4  reaching max_depth without an answer is backed up as -1; C gives the node -1 and its ancestors nothing:
-    search.back_up_max_depth=false.
-D5  all distinct answer siblings are kept; C keeps the first finished candidate of an expansion and drops the rest:
-    search.first_answer_only=true.
+    C leaves such a -1 on the node. No switch: search would go there again and again.
+D4  reaching max_depth without an answer is backed up as -1; C gives the node -1 and its ancestors nothing.
+    No switch: as D3.
+D5  all distinct answer siblings are kept; C keeps the first finished candidate of an expansion and drops the rest.
+    No switch: the others are paid for, and their outcomes count.
 D6  PPM scores are tanh(raw / 5) and the loss is on raw scores, as in C; P has tanh in the head: ppm.tanh_in_loss=true,
     ppm.score_scale=1.
 D7  one PPM epoch as in P; C's README says two: ppm.epochs=2.

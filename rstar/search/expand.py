@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rstar.config import SearchSection
 from rstar.engines.base import ContextOverflow, EngineError, Policy, Scorer
 from rstar.grading import extract_answer
 from rstar.prompts import Malformed, imitates, kind_of, parse, parse_solution, render, segments, stops
@@ -43,26 +44,6 @@ class Tools:
     scorer: Scorer | None
     open_session: Callable[[int], Session]  # seed -> a sandbox session
     grade: Grade | None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How candidates are drawn."""
-
-    candidates: int
-    answer_candidates: int = 0  # of the answer step, which mostly copies the printed output; 0: as `candidates`
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_step_tokens: int = 256
-    form: str = "steps"  # text, stated: a whole solution in words instead of executed steps; chunks: pieces of one
-    adapter: str | None = None  # the LoRA adapter that writes
-    calculator: bool = False  # results of annotations are written for the model
-    max_depth: int = 16  # steps on a path, the answer step counts
-    ppm_prior_visits: int = 1
-    back_up_dead_ends: bool = True  # the official code keeps their -1, and that of max_depth, on the node itself
-    back_up_max_depth: bool = True
-    drop_failed_steps: bool = True  # false: they go on without output, and are never run again
-    first_answer_only: bool = False  # the official code drops the rest of an expansion with an answer
 
 
 @dataclass
@@ -123,8 +104,10 @@ async def scores(
 class Expander:
     """Expands nodes of one tree. Holds the tree's sandbox session; everything else is in the tree."""
 
-    def __init__(self, tree: Tree, tools: Tools, sampling: Sampling) -> None:
-        self.tree, self.tools, self.sampling = tree, tools, sampling
+    def __init__(self, tree: Tree, tools: Tools, sampling: SearchSection, *, adapter: str | None = None) -> None:
+        """`adapter`: the LoRA adapter that writes."""
+        self.tree, self.tools, self.sampling, self.adapter = tree, tools, sampling, adapter
+        self.in_pieces = (sampling.method, sampling.form) == ("flow", "text")  # pieces of a solution in words
         self._session = tools.open_session(session_seed(tree.problem, tree.seed))
 
     async def expand(self, node: Node, n: int = 0) -> list[Node]:
@@ -160,7 +143,7 @@ class Expander:
             stop=stops(after) if sampling.form == "steps" else (),
             calculator=sampling.calculator,
             seed=self.tree.seed,
-            adapter=sampling.adapter,
+            adapter=self.adapter,
         )
         try:
             generations = await self.tools.policy.generate(path_prompt(self.tree, node), params)
@@ -172,13 +155,11 @@ class Expander:
         return await self._classify(node, generations)
 
     def _attach(self, node: Node, candidates: Sequence[Candidate]) -> list[Node]:
-        if self.sampling.first_answer_only:
-            candidates = [c for c in candidates if c.terminal is TerminalReason.ANSWER][:1] or candidates
         children = [self.add(node, candidate) for candidate in candidates]
         useful = {None, TerminalReason.ANSWER, TerminalReason.MAX_DEPTH}
         if not any(child.terminal in useful for child in children):
             node.terminal, node.reward = TerminalReason.DEAD_END, -1.0
-            self.tree.backpropagate(node, -1.0, ancestors=self.sampling.back_up_dead_ends)
+            self.tree.backpropagate(node, -1.0)
         return children
 
     async def _classify(self, node: Node, generations: Sequence[Generation]) -> list[Candidate]:
@@ -191,7 +172,7 @@ class Expander:
         candidates = list(distinct.values())
         path = self.tree.solution(node)
         after = kind_of(path[-1].text) if path else None
-        for candidate in candidates if self.sampling.form != "chunks" else ():
+        for candidate in candidates if not self.in_pieces else ():
             text = candidate.generation.text
             if candidate.generation.cut_off:
                 parsed: Step | Malformed = Malformed("cut off")
@@ -278,8 +259,7 @@ class Expander:
             reward=candidate.reward,
         )
         if child.reward is not None:
-            everywhere = self.sampling.back_up_max_depth or child.terminal is not TerminalReason.MAX_DEPTH
-            self.tree.backpropagate(child, child.reward, ancestors=everywhere)
+            self.tree.backpropagate(child, child.reward)
         elif child.terminal is TerminalReason.ANSWER:  # test time: its return is its PPM score
             self.tree.backpropagate(child, 0.0)
         if candidate.ppm_value is not None:

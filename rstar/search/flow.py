@@ -4,8 +4,8 @@ The tree is a base chain of outputs, answer and stop in turns, and at each of th
 that the current flow follows to an end of its own: not a tree of rollouts, one sibling at each output. The base chain
 goes along the first children, a deviation is the second child of its parent. What was right is the reward at the ends.
 
-In words (form chunks) a piece is as many tokens as fit, and the answer is read off the solution when it ends: at Yes,
-at the last piece, or at an empty one. In code steps a piece is a step, and the answer step ends the flow.
+In words (search.form=text) a piece is as many tokens as fit, and the answer is read off the solution when it ends: at
+Yes, at the last piece, or at an empty one. In code steps a piece is a step, and the answer step ends the flow.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ async def flow(expander: Expander, *, chain_temperature: float = 0.0, deviations
 class _Flow:
     def __init__(self, expander: Expander, temperature: float) -> None:
         self.tree, self.sampling, self.tools = expander.tree, expander.sampling, expander.tools
-        self.temperature, self.words = temperature, expander.sampling.form == "chunks"
+        self.temperature, self.words = temperature, expander.in_pieces
         endless = replace(expander.sampling, max_depth=1 << 30)  # the last piece is ours to judge
         self.chain, self.deviating = copy(expander), copy(expander)
         self.chain.sampling, self.deviating.sampling = replace(endless, temperature=temperature), endless
@@ -94,7 +94,7 @@ class _Flow:
             max_tokens=STOP_TOKENS,
             stop=(YES, NO),
             seed=self.tree.seed,
-            adapter=STOP if self.sampling.adapter else None,
+            adapter=STOP if self.chain.adapter else None,
         )
         solution = path_prompt(self.tree, node).segments[len(self.tree.prompt) :]
         try:

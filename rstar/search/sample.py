@@ -22,7 +22,6 @@ async def sample(expander: Expander, n: int) -> None:
     """Draw `n` solutions of the expander's tree from its root to their ends."""
     begun, tree, tools = time.monotonic(), expander.tree, expander.tools
     expander.tools = replace(tools, scorer=None)
-    expander.sampling = replace(expander.sampling, first_answer_only=False)  # a sample each, whatever the others say
     live, counts = [tree.root], [n]
     while live:
         live = [child for child in await expander.expand_all(live, counts) if child.terminal is None]

@@ -23,7 +23,7 @@ from rstar.grading import Grader
 from rstar.prompts import STOP_SYSTEM, split_stop_question, step_prompt
 from rstar.sandbox import Sandbox
 from rstar.search.beam import beam_search, dvts
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.search.flow import flow
 from rstar.search.gather import gather
 from rstar.search.mcts import Mcts
@@ -249,8 +249,8 @@ class SearchWorker:
         section = one.search
         trees = [await self._tree(item, seed) for seed in section.seeds]
         tools = self._tools(one)
-        sampling = replace(_sampling(section), adapter=ANSWER if ANSWER in self.adapters else None)
-        growing = [Expander(tree, tools, sampling) for tree in trees if not tree.complete]
+        adapter = ANSWER if ANSWER in self.adapters else None
+        growing = [Expander(tree, tools, section, adapter=adapter) for tree in trees if not tree.complete]
         for target in [section.rollouts, *(section.rollouts + more for more in section.escalate)]:
             await gather(*(self._grow(expander, item, target) for expander in growing))
             further = any(tree.rollouts_done > target for tree in trees)
@@ -360,21 +360,3 @@ class SearchWorker:
             WatchedScorer(self._scorer, self._utilisation) if one.search.use_ppm and self._scorer is not None else None
         )
         return Tools(policy, scorer, self.sandbox.session, None if one.test_time else grade)
-
-
-def _sampling(section: SearchSection) -> Sampling:
-    return Sampling(
-        candidates=section.candidates,
-        answer_candidates=section.answer_candidates,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        max_step_tokens=section.max_step_tokens,
-        form="chunks" if (section.method, section.form) == ("flow", "text") else section.form,
-        calculator=section.calculator,
-        max_depth=section.max_depth,
-        ppm_prior_visits=section.ppm_prior_visits,
-        back_up_dead_ends=section.back_up_dead_ends,
-        back_up_max_depth=section.back_up_max_depth,
-        drop_failed_steps=section.drop_failed_steps,
-        first_answer_only=section.first_answer_only,
-    )

@@ -30,16 +30,14 @@ def token_loss(logits_PV: Tensor, which_N: Tensor, target_N: Tensor, weight_N: T
     return (weight_P * logits_PV.logsumexp(dim=-1)).sum() - (weight_N * logits_PV[which_N, target_N]).sum()
 
 
-def pairwise_losses(
-    chosen_N: Tensor, rejected_N: Tensor, *, tanh_scale: float = 0.0, margin_N: Tensor | float = 0.0
-) -> Tensor:
-    """-log sigmoid(r(chosen) - r(rejected) - margin) for each pair (rStar-Math Eq. 4, which has no margin).
+def pairwise_losses(chosen_N: Tensor, rejected_N: Tensor, *, tanh_scale: float = 0.0) -> Tensor:
+    """-log sigmoid(r(chosen) - r(rejected)) for each pair (rStar-Math Eq. 4).
 
     r is the raw logit, as in the official code; with `tanh_scale` it is tanh(logit / tanh_scale), as in the paper.
     """
     if tanh_scale:
         chosen_N, rejected_N = torch.tanh(chosen_N / tanh_scale), torch.tanh(rejected_N / tanh_scale)
-    return functional.softplus(rejected_N - chosen_N + margin_N)
+    return functional.softplus(rejected_N - chosen_N)
 
 
 def q_losses(raw_N: Tensor, label_N: Tensor, *, scale: float) -> Tensor:

@@ -92,8 +92,7 @@ class ScoreLoss(LossModule):
         match self.section.loss:
             case "pairwise":
                 scale = self.section.score_scale if self.section.tanh_in_loss else 0.0
-                margin = self.section.margin * batch.label
-                losses = pairwise_losses(raw, scores[batch.other], tanh_scale=scale, margin_N=margin)
+                losses = pairwise_losses(raw, scores[batch.other], tanh_scale=scale)
             case "mse":
                 losses = q_losses(raw, batch.label, scale=self.section.score_scale)
             case _:

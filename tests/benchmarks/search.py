@@ -46,7 +46,7 @@ from rstar.engines.build import build_policy
 from rstar.engines.simulated import SimulatedPolicy, arithmetic_script
 from rstar.prompts import END_OF_ANSWER, END_OF_CODE, END_OF_STEP, step_prompt
 from rstar.sandbox import Counts
-from rstar.search.expand import Expander, Sampling, Tools
+from rstar.search.expand import Expander, Tools
 from rstar.search.gather import gather
 from rstar.search.mcts import Mcts
 from rstar.search.worker import ProblemSummary, SearchJob, SearchTask, SearchWorker, WorkItem
@@ -261,7 +261,7 @@ def lone_search() -> Mcts:
 
     tree = Tree("growth", next(sums()), step_prompt("What is 1 + 1?\n").segments)
     tools = Tools(InstantPolicy(), None, NoSandbox().session, grade)  # type: ignore[arg-type]
-    return Mcts(Expander(tree, tools, Sampling(candidates=8)))
+    return Mcts(Expander(tree, tools, SearchSection(candidates=8)))
 
 
 async def growth(repeats: int) -> dict[str, Any]:
