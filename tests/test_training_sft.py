@@ -20,7 +20,7 @@ from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import micro_batches
 from rstar.training.data import encode_sft, read_rows
 from rstar.training.launch import in_processes
-from rstar.training.loop import PackedTrainer, metrics_path
+from rstar.training.loop import PackedTrainer, TrainResult, metrics_path
 from rstar.training.models import load_policy, save_model
 from rstar.training.sft import TokenLoss, train_policy
 from rstar.types import PreferenceRow, SftRow, TrainProgress, UserError
@@ -399,18 +399,22 @@ def test_gradients_wait_for_the_last_pass_only_where_they_are_whole_anyway(shard
     assert len(kept) == unsynchronised and model.weight.grad == 3
 
 
+def quiet(folder: Path) -> dict[str, Any]:
+    return {"returns": TrainResult, "metrics": folder / "none", "on_progress": lambda progress: None}
+
+
 def test_more_processes_than_this_node_has_gpus_are_refused_before_they_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     eight = dataclasses.replace(QUICK, processes=8)
     with pytest.raises(UserError, match=r"processes=8 .* 4 GPUs") as caught:
-        in_processes(eight, make_a_mistake, metrics=tmp_path / "none", on_progress=lambda progress: None)
+        in_processes(eight, make_a_mistake, {}, (), **quiet(tmp_path))
     assert "processes=4 (sft.processes, ppm.processes, ...)" in caught.value.how and "launcher=ray" in caught.value.how
 
 
 def test_a_mistake_in_a_process_is_told_as_one(tmp_path: Path) -> None:
     two = dataclasses.replace(QUICK, processes=2)
     with pytest.raises(UserError, match="a mistake") as caught:
-        in_processes(two, make_a_mistake, metrics=tmp_path / "none", on_progress=lambda progress: None)
+        in_processes(two, make_a_mistake, {}, (), **quiet(tmp_path))
     assert (caught.value.need, caught.value.how) == ("none", "mend it")

@@ -1,33 +1,36 @@
 """A training in several processes, through torchrun on this node or Ray Train on a cluster's.
 
-The call travels as a pickle, the result comes back as one; progress is read from the run's metrics file. A training
-function that was started by torchrun itself (several nodes) finds its processes there and starts none.
+The processes read their call from a file (rstar.call) and their rows from others beside it; the first one's result
+comes back as JSON, progress is read from the run's metrics file. A training function that was started by torchrun
+itself (several nodes) finds its processes there and starts none.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
-from rstar.config import TrainSection
+from rstar.call import call_of, from_json, read_call
+from rstar.config import TrainSection, to_json
 from rstar.stopping import end_with_parent
+from rstar.store import read_json, write_json, write_rows
 from rstar.types import TrainProgress, UserError
 
 R = TypeVar("R")
 
 POLL_SECONDS = 0.5
 SHOWN_LOG_CHARS = 4000
+CALL, RESULT = "call.json", "result.json"  # in the folder that the processes share
 
 
 def must_launch(section: TrainSection) -> bool:
@@ -38,19 +41,38 @@ def must_launch(section: TrainSection) -> bool:
 
 
 def in_processes(
-    section: TrainSection, call: Callable[[], R], *, metrics: Path, on_progress: Callable[[TrainProgress], None]
+    section: TrainSection,
+    function: Callable[..., R],
+    rows: Mapping[str, Sequence[Any]],
+    arguments: Sequence[Any],
+    *,
+    returns: type[R],
+    metrics: Path,
+    on_progress: Callable[[TrainProgress], None],
 ) -> R:
-    """Run `call` in the section's processes, which find each other, and return what the first one returned.
+    """Run a module-level `function(*files of rows, *arguments)` in the section's processes, which find each other.
 
-    `call` must be picklable. A UserError of any process is raised here; other failures raise RuntimeError with the end
-    of the processes' log. The processes end with this one.
+    Args:
+        section: How many processes, and what starts them.
+        function: Its annotations say how its arguments are read from JSON.
+        rows: Name -> rows of one kind, written to files that the processes read.
+        arguments: Those behind the files.
+        returns: What the function returns, a dataclass; the first process's is returned here.
+        metrics: Where the first process writes its progress.
+        on_progress: Called with each new line of that.
+
+    A UserError of any process is raised here; other failures raise RuntimeError with the end of the processes' log. The
+    processes end with this one.
     """
     if section.launcher == "torchrun":
         _check_gpus(section.processes)
     metrics.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".processes-", dir=metrics.parent) as name:  # where all nodes see it
         folder = Path(name).resolve()
-        (folder / "call").write_bytes(pickle.dumps(call))
+        files = [folder / f"{kind}.jsonl" for kind in rows]
+        for file, some in zip(files, rows.values(), strict=True):
+            write_rows(file, some)
+        call_of(function, [*files, *arguments]).write(folder / CALL)
         ended = threading.Event()
         following = threading.Thread(target=_follow, args=(ended, metrics, on_progress))
         following.start()
@@ -69,9 +91,9 @@ def in_processes(
             following.join()
         for path in sorted(folder.glob("mistake-*")):
             raise UserError(**json.loads(path.read_text()))
-        if not (folder / "result").is_file():
+        if not (folder / RESULT).is_file():
             raise RuntimeError(f"training processes failed: {failure[-SHOWN_LOG_CHARS:]}")
-        return cast(R, pickle.loads((folder / "result").read_bytes()))
+        return cast(R, from_json(returns, read_json(folder / RESULT)))
 
 
 def _check_gpus(count: int) -> None:
@@ -127,13 +149,12 @@ def run_process(folder: Path) -> None:
     """One of the processes: make the call of `folder`, leave its result or its mistake there."""
     rank = os.environ["RANK"]
     try:
-        result = pickle.loads((folder / "call").read_bytes())()
+        result = read_call(folder / CALL)()
     except UserError as error:
-        told = {"got": error.got, "need": error.need, "how": error.how}
-        (folder / f"mistake-{rank}").write_text(json.dumps(told))
+        write_json(folder / f"mistake-{rank}", {"got": error.got, "need": error.need, "how": error.how})
         raise
     if rank == "0":
-        (folder / "result").write_bytes(pickle.dumps(result))
+        write_json(folder / RESULT, to_json(result))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from rstar.training.data import (
     encode_q_values,
     encode_rows,
     nothing_to_train,
+    read_rows,
 )
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, memory_advice, metrics_path, no_progress, train
@@ -137,8 +137,10 @@ def train_ppm(
     if not rows:
         raise nothing_to_train("pairs" if section.loss == "pairwise" else "labelled solutions")
     if must_launch(section):
-        call = partial(train_ppm, rows, body, output, section, seed=seed)
-        return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
+        return in_processes(
+            section, _one_process, {"rows": rows}, (body, output, section, seed), returns=PpmResult,
+            metrics=metrics_path(output), on_progress=on_progress,
+        )  # fmt: skip
     tokenizer = load_tokenizer(body)
     encoded = encoded_rows(rows, section.loss, SegmentEncoder(tokenizer), section.max_length)
     heldout = held_out_problems([row.problem_id for row in encoded], section.heldout, seed)
@@ -163,6 +165,11 @@ def train_ppm(
     )  # fmt: skip
     result = replace(result, dropped=len(rows) - len(encoded))
     return PpmResult(result, len(heldout), before[0], after[0][0], before[1], after[0][1])
+
+
+def _one_process(rows: Path, body: str, output: Path, section: PpmSection, seed: int) -> PpmResult:
+    found: Any = read_rows(rows, row_kind(section.loss))
+    return train_ppm(found, body, output, section, seed=seed)
 
 
 def held_out_problems(problem_ids: Sequence[str], share: float, seed: int) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from rstar.config import TrainSection
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch
-from rstar.training.data import encode_rows, encode_sft, nothing_to_train
+from rstar.training.data import encode_rows, encode_sft, nothing_to_train, read_rows
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
 from rstar.training.losses import token_loss
@@ -49,8 +48,10 @@ def train_policy(
     if not rows:
         raise nothing_to_train("solutions")
     if must_launch(section):
-        call = partial(train_policy, rows, base, output, section, seed=seed)
-        return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
+        return in_processes(
+            section, _one_process, {"rows": rows}, (base, output, section, seed), returns=TrainResult,
+            metrics=metrics_path(output), on_progress=on_progress,
+        )  # fmt: skip
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, encode_sft, SegmentEncoder(tokenizer), section.max_length)
     torch.manual_seed(seed)  # the adapters' first weights
@@ -58,3 +59,7 @@ def train_policy(
     module = TokenLoss(loaded.model)
     result = train(module, loaded, encoded, section, output=output, seed=seed, on_progress=on_progress)
     return replace(result, dropped=len(rows) - len(encoded))
+
+
+def _one_process(rows: Path, base: str, output: Path, section: TrainSection, seed: int) -> TrainResult:
+    return train_policy(read_rows(rows, SftRow), base, output, section, seed=seed)

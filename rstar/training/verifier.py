@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from rstar.config import VerifierSection
 from rstar.engines.base import VALUE_HEAD_KEY, ValueHead
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch
-from rstar.training.data import EncodedRow, encode_sft, nothing_to_train, too_long
+from rstar.training.data import EncodedRow, encode_sft, nothing_to_train, read_rows, too_long
 from rstar.training.launch import in_processes, must_launch
 from rstar.training.loop import LossModule, TrainResult, metrics_path, no_progress, train
 from rstar.training.losses import float32_scores, token_loss
@@ -110,8 +109,10 @@ def train_verifier(
     if not outcomes:
         raise nothing_to_train("labelled solutions")
     if must_launch(section):
-        call = partial(train_verifier, outcomes, references, body, output, section, seed=seed)
-        return in_processes(section, call, metrics=metrics_path(output), on_progress=on_progress)
+        return in_processes(
+            section, _one_process, {"outcomes": outcomes, "references": references}, (body, output, section, seed),
+            returns=VerifierResult, metrics=metrics_path(output), on_progress=on_progress,
+        )  # fmt: skip
     tokenizer = load_tokenizer(body)
     rows = verifier_rows(outcomes, references if section.lm_weight else (), SegmentEncoder(tokenizer), section)
     torch.manual_seed(seed)
@@ -134,6 +135,13 @@ def train_verifier(
     )
     labelled = sum(len(row.scored) > 0 for row in rows)
     return VerifierResult(replace(result, dropped=len(outcomes) - labelled), labelled, correct, asdict(module.head()))
+
+
+def _one_process(
+    outcomes: Path, references: Path, body: str, output: Path, section: VerifierSection, seed: int
+) -> VerifierResult:
+    rows, solutions = read_rows(outcomes, OutcomeRow), read_rows(references, SftRow)
+    return train_verifier(rows, solutions, body, output, section, seed=seed)
 
 
 def verifier_rows(

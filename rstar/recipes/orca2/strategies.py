@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from rstar.config import read_yaml
 from rstar.types import UserError
 
 Texts = Mapping[str, str]
@@ -35,12 +34,11 @@ def load_strategies(path: str | Path) -> Strategies:
     if not Path(path).is_file():
         raise UserError(f"no strategies file {path}", need="YAML with tasks, evidence, messages", how="orca.strategies")
     try:
-        read = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(read, dict)
+        read = read_yaml(Path(path))
         tasks = {str(task): _texts(given) for task, given in read["tasks"].items()}
         evidence = {name: re.compile(text, re.MULTILINE) for name, text in _texts(read["evidence"]).items()}
         found = Strategies(tasks, evidence, _texts(read.get("messages") or {}))
-    except Exception as error:  # of the YAML library, of a wrong shape or of a pattern
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:  # of a wrong shape, or of a pattern
         raise UserError(
             f"{path} is no strategies file: {str(error)[:120]}", need="tasks: {TASK: {STRATEGY: text}}, evidence"
         ) from error
