@@ -20,7 +20,7 @@ from rstar.comparison.methods import Line, Records, equal_tokens, lines, rows
 from rstar.comparison.ppm_quality import best_threshold, calibration, first_errors, on_trees
 from rstar.comparison.published import COLUMNS, PUBLISHED
 from rstar.comparison.run import (
-    _UNREAD,
+    _READ,
     Contender,
     Questions,
     Settings,
@@ -181,7 +181,7 @@ def test_settings_that_a_method_is_said_not_to_read_change_no_answer_of_it(
     methods: str, command: list[str], tmp_path: Path
 ) -> None:
     ways = methods.split(",")
-    unread = set.intersection(*(set(_UNREAD[way]) for way in ways)) - {"seeds", "rollouts", "candidates"}
+    unread = set(OTHER) - set.union(*(set(_READ[way]) for way in ways)) - {"seeds", "rollouts", "candidates"}
     made = [*command, *(f"search.{key}={OTHER[key]}" for key in sorted(unread))]
     made += [] if ways == ["mcts"] else ["eval.rollouts=3"]
     made += ["eval.candidates=3"] if "greedy" in ways else []

@@ -26,6 +26,7 @@ from rstar.config import (
     SearchSection,
     digest,
     load,
+    only,
     to_dict,
 )
 from rstar.evaluation import EvalRecord
@@ -35,7 +36,7 @@ from rstar.recipes import load_config
 from rstar.recipes.base_model import absolute, base_model
 from rstar.recipes.evaluation import eval_records, eval_search, problem_trees, search_passes
 from rstar.search.worker import SearchJob, SearchTask
-from rstar.store import file_digest
+from rstar.store import input_digest
 from rstar.tree import Tree
 from rstar.types import Problem, UserError
 from rstar.workers import ray_session
@@ -197,22 +198,26 @@ def usable(methods: Sequence[str], some: Sequence[Contender], *, asked: bool) ->
 
 # -- making the answers ------------------------------------------------------------------------------------------------
 
-# Keys of the search section that cannot change an answer. A key that is not listed for a method counts as read by it.
-_NEVER_READ = (  # the seeds are counted off, and the others are how a search is run, or of data generation alone
-    "seeds", "trees_in_flight", "checkpoint_rollouts", "escalate", "second_pass", "ppm", "chain_temperature",
-    "deviations",
-)  # fmt: skip
-_WALKED = (  # by MCTS alone, which goes by visits and their returns
-    "c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits",
-)  # fmt: skip
-_EXPANDED = ("candidates", "answer_candidates", "beam_width")  # by searches, and by no sampling
-_UNREAD = {
-    "greedy": (*_NEVER_READ, *_WALKED, *_EXPANDED, "top_p"),
-    "sample": (*_NEVER_READ, *_WALKED, *_EXPANDED),
-    "beam": (*_NEVER_READ, *_WALKED, "rollouts"),
-    "dvts": (*_NEVER_READ, *_WALKED, "rollouts"),
-    "mcts": (*_NEVER_READ, "beam_width"),
-}
+_SOLVED = (
+    "method",
+    "form",
+    "temperature",
+    "max_depth",
+    "max_step_tokens",
+    "calculator",
+    "drop_failed_steps",
+    "use_ppm",
+)
+_SEARCHED = (*_SOLVED, "top_p", "candidates", "answer_candidates")
+_READ = {  # of the search section, by each way of making answers; the seeds are counted off
+    "greedy": (*_SOLVED, "rollouts"),
+    "sample": (*_SOLVED, "rollouts", "top_p"),
+    "beam": (*_SEARCHED, "beam_width"),
+    "dvts": (*_SEARCHED, "beam_width"),
+    "mcts": (
+        *_SEARCHED, "rollouts", "c", "selection", "unvisited_first", "rollouts_in_flight", "ppm_prior_visits",
+    ),
+}  # fmt: skip
 _LIMITS = ("cpu_seconds", "wall_seconds", "memory_mib", "output_kib")  # of the sandbox, for one step
 
 
@@ -262,17 +267,16 @@ def _pass(
     search, engine = eval_search(way, section, settings.search, with_scorer=False), settings.engine
     served = engine.kind == "openai"  # by a server that has limits of its own; a verifier beside it is loaded here
     made_by = {
-        "search": {key: value for key, value in _chosen(search).items() if key not in _UNREAD[way]},
-        "model": _chosen(replace(settings.model, base="")),
+        "search": _chosen(only(search, *_READ[way])),
+        "model": _chosen(replace(settings.model, base="", few_shot=""))
+        | {"few_shot": _identity(settings.model.few_shot)},
         "engine": (engine.kind, engine.model, engine.url if served else ""),
         "loaded": _loaded(engine) if search.use_ppm or not served else {},
         "sandbox": {key: getattr(settings.sandbox, key) for key in _LIMITS},
-        "policy": fingerprint(contender.policy),
-        "scorer": fingerprint(contender.ppm) if search.use_ppm else "",
+        "policy": _identity(contender.policy),
+        "scorer": _identity(contender.ppm) if search.use_ppm else "",
         "problems": q.identity,
     }
-    if settings.model.few_shot:
-        made_by["few_shot"] = file_digest(Path(settings.model.few_shot).expanduser())
     made = Path(q.name) / f"{way}-{digest(made_by)}"
     # A model's name here depends on which others are named beside it; what its answers were made by does not.
     known = sorted(folder / made for folder in (out / "trees").glob("*") if (folder / made).is_dir())
@@ -293,17 +297,15 @@ def _loaded(engine: EngineSection) -> dict[str, Any]:
 
 def _scored(samples: SearchTask, verifier: str, engine: EngineSection) -> SearchTask:
     """The same samples with the scores of a verifier, in a folder of their own."""
-    scored_by = {"scorer": fingerprint(verifier), "loaded": _loaded(engine)}
+    scored_by = {"scorer": _identity(verifier), "loaded": _loaded(engine)}
     folder = samples.folder.with_name(f"{samples.folder.name}-{digest(scored_by)}")
     return SearchTask(folder, replace(samples.search, use_ppm=True), test_time=True, trees=samples.folder)
 
 
-def fingerprint(checkpoint: str) -> list[Any]:
-    """What tells one checkpoint from a later one in the same folder, without reading gigabytes."""
-    folder = Path(checkpoint)
-    kinds = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
-    files = [file for kind in kinds for file in sorted(folder.glob(kind))] if folder.is_dir() else []
-    return [checkpoint, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+def _identity(path_or_id: str) -> str:
+    """What a model or file is: its contents, or a hub id as it stands."""
+    path = Path(path_or_id).expanduser()
+    return input_digest(path) if path_or_id and path.exists() else path_or_id
 
 
 def _search(
