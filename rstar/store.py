@@ -50,7 +50,7 @@ TEMPORARY = ".tmp"  # ends the names of what is being written; only a killed pro
 
 
 def reached(point: str, path: Path) -> None:
-    """Stands at every step of every write and does nothing; the fault tests kill the process in its place."""
+    """Called at every step of every write; does nothing. Fault tests replace it to kill the process there."""
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,11 @@ class Tree:
             current = self.parent(current)
 
     def set_ppm_value(self, node: Node, value: float, prior_visits: int = 1) -> None:
-        """Give `node` the PPM's score of its path, in place of the one it may have; all other returns stay.
+        """Set the PPM's score of the path to `node`, or replace the score that it has.
 
-        A live node's is its prior: `prior_visits` visits of its own (0: outside N). An answer without a reward (test
-        time) has backed its score up, so there the difference goes up the path. A merged node has as many priors (or
-        scores) as `meta["priors"]` says.
+        The score of a live node is its prior: it counts as `prior_visits` visits of the node (0: it is kept outside N).
+        The score of an answer without a reward (test time) was backed up, so the difference is backed up too. A merged
+        node counts its prior (or score) `meta["priors"]` times.
         """
         count = node.meta.get("priors", 1)
         difference = (value - (node.ppm_value or 0.0)) * count

@@ -1,7 +1,7 @@
 """Rows of a teacher's answers: <system message, question, answer>, with the instruction erased (Orca 2, section 3).
 
-A teacher's answer is a tree with one leaf; `settings["system"]` of the tree is what the teacher was told. With prompt
-erasing every row carries one generic message instead, and what the teacher was told is left in the row's provenance.
+A teacher's answer is a tree with one leaf; `settings["system"]` of the tree is the teacher's system message. With
+prompt erasing every row carries one generic message instead; the teacher's message is kept in the row's provenance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Wrap = Callable[[str, str, Sequence[Turn]], str]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a teacher answered, and what it was told."""
+    """A teacher's answer, and the system message that it was given."""
 
     task: str  # the problem's `sub_category`
     teacher_system: str
@@ -63,12 +63,12 @@ def sub_category(problem: Problem) -> str:
 def explanation_row(
     one: Explanation, wrap: Wrap, *, system: str | None, shown: Sequence[Explanation] = ()
 ) -> ExplanationRow:
-    """The row of an answer under `system` (None: what the teacher was told), after the turns `shown`.
+    """The row of an answer under `system` (None: the teacher's own), after the turns `shown`.
 
     The answer is the only segment with a loss; the trainer adds the end token, which is a target too.
     """
-    told = one.teacher_system if system is None else system
-    prompt = wrap(told, one.question, [(demo.question, demo.answer) for demo in shown])
+    message = one.teacher_system if system is None else system
+    prompt = wrap(message, one.question, [(demo.question, demo.answer) for demo in shown])
     return ExplanationRow(
         prompt=prompt,
         completion=one.answer,

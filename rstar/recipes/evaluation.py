@@ -40,7 +40,7 @@ def search_passes(
 ) -> None:
     """Run the passes of a job, each on its own problems, from where they stand; `name` is what the progress shows.
 
-    `before`: a folder of trees of the same problems; those that were dear there come first.
+    `before`: a folder of trees of the same problems; those that took most tokens there come first.
     """
     todo = [item for i, problems in enumerate(sets) for item in unfinished(problems, job, i)]
     total = sum(map(len, sets))

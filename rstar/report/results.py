@@ -173,8 +173,10 @@ def _round_result(folder: RoundDir, records: Mapping[str, StageRecord]) -> Round
     tokens = {
         name: int(counts(name)["tokens"]) for name in ("search", "candidates", "stream") if "tokens" in counts(name)
     }
-    if told := [one["tokens"] for one in counts("answers").values() if isinstance(one, Mapping) and "tokens" in one]:
-        tokens["answers"] = int(sum(told))
+    if answered := [
+        one["tokens"] for one in counts("answers").values() if isinstance(one, Mapping) and "tokens" in one
+    ]:
+        tokens["answers"] = int(sum(answered))
     tokens |= {f"eval {method}": int(one["tokens"]) for method, one in evaluated.items()}
     heldout = bool(ppm.get("heldout_after"))
     side = "heldout" if heldout else "train"

@@ -58,7 +58,7 @@ class ZygoteProcess:
     def __init__(self, setup: Setup, prefix: Sequence[str]) -> None:
         self._setup, self._prefix = setup, prefix
         self.alive = False
-        self.young = self.total = 0  # places taken, kept by the pool
+        self.fresh = self.total = 0  # evaluations on it, of those the recent ones; kept by the pool
         self.ready = Ready()
         self._buffer = bytearray()
         self._pending: dict[int, asyncio.Future[tuple[Reply, bytes]]] = {}

@@ -126,7 +126,7 @@ class Pool:
             nonlocal aged
             if not aged:
                 aged = True
-                zygote.young -= 1
+                zygote.fresh -= 1
                 self._hand_out()
 
         timer = asyncio.get_running_loop().call_later(OLD_AFTER, age)
@@ -142,10 +142,10 @@ class Pool:
             self._hand_out()
 
     def _reserve(self) -> ZygoteProcess | None:
-        free = [zygote for zygote in self.zygotes if zygote.alive and zygote.young < FRESH and zygote.total < TOTAL]
-        zygote = min(free, key=lambda zygote: (zygote.young, zygote.total), default=None)
+        free = [zygote for zygote in self.zygotes if zygote.alive and zygote.fresh < FRESH and zygote.total < TOTAL]
+        zygote = min(free, key=lambda zygote: (zygote.fresh, zygote.total), default=None)
         if zygote is not None:
-            zygote.young += 1
+            zygote.fresh += 1
             zygote.total += 1
         return zygote
 
@@ -163,7 +163,7 @@ class Pool:
             return await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                waiter.result().young -= 1
+                waiter.result().fresh -= 1
                 waiter.result().total -= 1
                 self._hand_out()
             raise

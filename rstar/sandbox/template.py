@@ -1,7 +1,7 @@
 """The process that is forked: locked, with the libraries loaded, and kept as it was at the start.
 
-A page that it writes to between two forks is a page that somebody has to copy; a huge page is split on top. So it does
-next to nothing: another process, the warden (`server`), keeps the books and is the parent of its forks.
+Every memory page that it writes to between two forks has to be copied at the next fork, and a huge page is split. So it
+does next to nothing: another process, the warden (`server`), keeps the state and is the parent of its forks.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ JUDGED_FROM = 50  # evaluations; of so few, a tenth that time out pass a limit o
 
 
 class Failures:
-    """What went wrong in a search, its kinds kept apart: steps that failed, and infrastructure that did.
+    """Counts of what failed in a search: steps (model errors), and infrastructure (engines, sandboxes, workers).
 
-    Failures of the infrastructure become lines of `folder`/failures.jsonl, which the stage's record counts.
+    Infrastructure failures are written to `folder`/failures.jsonl; the stage's record counts them.
 
     Args:
         folder: Of the search.
         limit: Share of steps that may time out, and of evaluations and workers that may be lost, in [0, 1].
-        on_done: Hears of each finished problem.
+        on_done: Called with the summary of each finished problem.
     """
 
     def __init__(self, folder: Path, limit: float, on_done: Callable[[ProblemSummary], None]) -> None:

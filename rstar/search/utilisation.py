@@ -1,4 +1,4 @@
-"""How much of its time an engine has work. Little: more problems in flight would help; all of it: a faster engine."""
+"""Engine utilisation: the share of time in which an engine has work. Low: more problems in flight would help."""
 
 from __future__ import annotations
 

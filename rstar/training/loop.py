@@ -74,7 +74,7 @@ class LossModule(nn.Module):
 
 
 def no_progress(progress: TrainProgress) -> None:
-    """Nobody wants to hear."""
+    """For callers that show no progress."""
 
 
 def metrics_path(output: Path) -> Path:
