@@ -1,4 +1,4 @@
-"""rounds/study.sh: the rival's budget, the table of question 1, and the commands of the others; `rstar` is played."""
+"""rounds/study/study.sh: the rival's budget, the table of question 1, and the commands of the others; `rstar` is played."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rounds import study
+from rounds.study import study
 from rstar.evaluation import Candidate, EvalRecord, bootstrap, measures
 from rstar.manifest import RoundDir, RunDir
 from rstar.problems import load_problems

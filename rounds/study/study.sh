@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does it make the model better? Questions, each answered by a table with intervals and generated tokens.
 #
-#   bash rounds/study.sh [--tiny | --gpu] [--seed N] [--out FOLDER] [QUESTION ...] [key=value ...]
+#   bash rounds/study/study.sh [--tiny | --gpu] [--seed N] [--out FOLDER] [QUESTION ...] [key=value ...]
 #
 #   1   four rounds of search against plain expert iteration at equal tokens, from one base
 #   2   the last policy under the PPM of each round
@@ -21,9 +21,9 @@
 set -euo pipefail
 unset CDPATH # cd would print where it went
 here="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
-cd "$(dirname "$here")/.."
+cd "$(dirname "$here")/../.."
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$here"; exit 0 ;; esac
 . rounds/environment.sh
 
 make_environment .venv-study quickstart,lora
-exec .venv-study/bin/python rounds/study.py "$@"
+exec .venv-study/bin/python rounds/study/study.py "$@"

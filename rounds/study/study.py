@@ -1,4 +1,4 @@
-"""What rounds/study.sh does: runs, comparisons, and the tables that quote them.
+"""What rounds/study/study.sh does: runs, comparisons, and the tables that quote them.
 
 Every figure comes from `rstar` itself: runs by `rstar evolve` and `rstar round`, comparisons by `rstar eval`. Here is
 only the order of the commands, the budget of the rival, and the table of question 1.
@@ -31,7 +31,7 @@ from rstar.report.results import count, measure, share
 from rstar.store import write_json, write_rows
 from rstar.types import UserError
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent.parent.parent
 SIZES = {
     "tiny": ("rstar_math/tiny.yaml", "study-tiny"), "cpu": ("study/search.yaml", "study"),
     "gpu": ("study/search_gpu.yaml", "study-gpu"),
@@ -513,7 +513,7 @@ QUESTIONS: dict[str, Callable[[Study], None]] = {
 
 def main() -> None:
     """Answer the questions named on the command line."""
-    parser = argparse.ArgumentParser(prog="rounds/study.sh")
+    parser = argparse.ArgumentParser(prog="rounds/study/study.sh")
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", default="cpu")
     parser.add_argument("--gpu", dest="size", action="store_const", const="gpu")
     parser.add_argument("--seed", type=int, default=0)
