@@ -1,4 +1,4 @@
-"""rounds/study/study.sh: the rival's budget, the table of question 1, and the commands of the others; `rstar` is played."""
+"""rounds/study/study.sh: the rival's budget, the table of question 1, the commands of the others; `rstar` is played."""
 
 from __future__ import annotations
 
