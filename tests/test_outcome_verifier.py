@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rstar.calculator import completion
-from rstar.config import EngineSection, VerifierSection, recipe_name
+from rstar.config import EngineSection, ModelSection, VerifierSection, recipe_name
 from rstar.engines.base import ValueHead, squash, value_head
 from rstar.engines.hf import HfScorer
 from rstar.evaluation import Candidate, EvalRecord
@@ -27,6 +28,7 @@ from rstar.recipes import load_config, outcome_verifier
 from rstar.recipes.verification import auc, ranking, top_vote, verification_curves, verification_measures
 from rstar.report.results import results, results_table
 from rstar.report.sections import recorded
+from rstar.run import Artifact, Stage
 from rstar.store import read_trees
 from rstar.tokens import SegmentEncoder, load_tokenizer
 from rstar.training.batching import MicroBatch, micro_batches, optimizer_batches
@@ -425,7 +427,58 @@ def test_an_override_is_refused_by_the_stages_that_read_it_alone(run: Path) -> N
     assert refused("eval.completions=5") == ["1 candidates"]
     assert refused("outcomes.completions=3") == ["1 extract", "2 extract"]
     assert refused("eval.epoch_samples=2") == ["0 eval"]
+    drawn = [found for found in refused("search.drop_failed_steps=false") if "eval" not in found]
+    assert drawn == ["1 search", "1 candidates"]  # held-out candidates are drawn as those that are trained on
     assert refused("sft.learning_rate=1") == ["0 epochs-10", "0 policy"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["r1.sft.epochs=3", "r1.eval.epochs=[5]", "r2.search.rollouts=3", "r2.eval.completions=3", "r2.problems.limit=3"],
+)
+def test_a_variant_that_would_change_what_earlier_rounds_made_is_refused(override: str) -> None:
+    _, config = load_config("configs/outcome_verifier/tiny.yaml", [f"rounds.{override}"])
+    section = override.split(".")[1]
+    with pytest.raises(UserError, match=rf"rounds\.{override[:2]} sets {section}"):
+        outcome_verifier.check_settings(config)
+
+
+@pytest.mark.parametrize("override", ["r1.search.rollouts=3", "r2.outcomes.completions=3", "r2.eval.voters=[1, 2]"])
+def test_a_variant_may_change_what_its_own_stages_read(override: str) -> None:
+    _, config = load_config("configs/outcome_verifier/tiny.yaml", [f"rounds.{override}"])
+    outcome_verifier.check_settings(config)
+
+
+def test_a_verifier_s_start_that_is_not_there_is_named_before_anything_runs(tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path / 'run'}", f"rounds.r2.verifier.init={tmp_path / 'none'}"]
+    _, config = load_config("configs/outcome_verifier/tiny.yaml", overrides)
+    with pytest.raises(UserError, match=rf"verifier\.init={tmp_path / 'none'}"):
+        outcome_verifier.check(config)
+
+
+def test_a_verifier_s_start_is_the_same_where_its_contents_are(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A model folder that moved is the same start, one with other contents is another."""
+
+    def stage(folder: Path) -> Stage:
+        overrides = [*settings_of(run), f"rounds.r2.verifier.init={folder}"]
+        _, config = load_config("configs/outcome_verifier/tiny.yaml", overrides)
+        return next(one for one in outcome_verifier.RECIPE.stages(config, 2) if one.name == "verifier")
+
+    first = stage(shutil.copytree(tiny_model, tmp_path / "model"))
+    made = {"settings": first.settings, "inputs": first.inputs}
+    moved = (tmp_path / "model").rename(tmp_path / "moved")
+    assert stage(moved).changes(made) == []
+    (moved / "config.json").write_text("{}")
+    assert [key for key, _, _ in stage(moved).changes(made)] == ["verifier.init"]
+
+
+def test_step_delimiters_of_an_earlier_attempt_are_not_taken_for_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    """The base stage was made again without model.step_tokens, its old folder is still there."""
+    shutil.copytree(tiny_model, tmp_path / "round_00" / "start")
+    references = Artifact("round 0 base", tmp_path / "round_00", tmp_path / "round_00" / "sft.jsonl")
+    for step_tokens, expected in ((True, str(tmp_path / "round_00" / "start")), (False, str(tiny_model))):
+        model = ModelSection(base=str(tiny_model), step_tokens=step_tokens)
+        assert outcome_verifier.base_of(references, model) == expected
 
 
 def test_fine_tuned_models_of_the_curve_are_trainings_of_their_own(run: Path) -> None:

@@ -57,7 +57,7 @@ from rstar.config import (
 from rstar.extract.outcomes import outcome_rows
 from rstar.machine import check_peft
 from rstar.problems import ProblemSet, load_problems
-from rstar.recipes.base_model import absolute, check_base, checkpoint, start_model
+from rstar.recipes.base_model import absolute, base_model, check_base, checkpoint, start_model
 from rstar.recipes.evaluation import problem_trees, search_passes, tree_counts, write_evaluation
 from rstar.recipes.rows import reference_rows
 from rstar.recipes.training import check_loads_checkpoints, fine_tune
@@ -138,8 +138,8 @@ def outcome_verifier(run: Run, config: Config) -> None:
         verifier = rnd.stage(
             train_verifier, c.verifier, outcomes, references, init, c.model, c.run.seed, name="verifier"
         )
-        tested = (only(c.eval, "problems", "sizes", "voters"), sampling(c.search), c.problems, c.model)
-        rnd.stage(rank_candidates, *tested, verifier, candidates, generator, *where, name="eval")
+        ranked = (only(c.eval, "problems", "sizes", "voters"), c.problems, c.model)
+        rnd.stage(rank_candidates, *ranked, verifier, candidates, generator, *where, name="eval")
 
 
 def epochs_measured(config: Config) -> list[float]:
@@ -149,8 +149,8 @@ def epochs_measured(config: Config) -> list[float]:
 
 def sampling(search: SearchSection) -> SearchSection:
     """What a measurement reads of the search settings: how a completion is drawn, not how many."""
-    read = ("method", "form", "calculator", "temperature", "top_p", "max_depth", "max_step_tokens", "trees_in_flight")
-    return only(search, *read)
+    text = ("method", "form", "calculator", "temperature", "top_p", "max_depth", "max_step_tokens")
+    return only(search, *text, "drop_failed_steps", "trees_in_flight")
 
 
 # -- round 0: the generator, and fine-tuning alone -------------------------------------------------------------------
@@ -167,8 +167,8 @@ def write_references(
 
 
 def base_of(references: Artifact, model: ModelSection) -> str:
-    """The model that is fine-tuned: the base stage's own, or what `model.base` names."""
-    return checkpoint(replace(references, path=references.folder / "start"), model)
+    """The model that is fine-tuned: the base stage's copy with step delimiters, or what `model.base` names."""
+    return str(references.folder / "start") if model.step_tokens else checkpoint(references, model)
 
 
 def train_generator(here: Here, sft: TrainSection, references: Artifact, model: ModelSection, run_seed: int) -> Counts:
@@ -319,7 +319,7 @@ def train_verifier(
     from rstar.training.verifier import train_verifier
 
     if init is None:
-        body = verifier.init
+        body = base_model(replace(model, base=verifier.init), here.round.root, seed=run_seed)
     else:
         body = base_of(references, model) if verifier.init == "base" else str(init.path)
     rows, solutions = read_rows(outcomes.path, OutcomeRow), read_rows(references.path, SftRow)
@@ -334,7 +334,6 @@ def train_verifier(
 def rank_candidates(
     here: Here,
     eval: VerificationSection,
-    search: SearchSection,
     problems: ProblemsSection,
     model: ModelSection,
     verifier: Artifact,
@@ -347,7 +346,8 @@ def rank_candidates(
     """Best of n by the verifier among the candidates, beside votes and the best possible choice."""
     folder = here.round.eval / "verifier"
     here.resume(folder)
-    found = SearchTask(folder.resolve(), search, test_time=True, trees=candidates_folder(candidates.folder))
+    plain = SearchSection(method="sample")  # nothing is drawn
+    found = SearchTask(folder.resolve(), plain, test_time=True, trees=candidates_folder(candidates.folder))
     job = search_job([found], model, generator.path, engine, sandbox, verifier=str(verifier.path))
     search_passes(job, [heldout_problems(problems, eval)], cluster, f"round {here.round.number} ranking")
     one = evaluated(folder, sandbox, voters=eval.voters, sizes=eval.sizes)
@@ -369,6 +369,23 @@ def check_settings(config: Config) -> None:
         raise UserError("search.method or search.form", need="sample; text or steps")
     if not config.eval.epochs or len(config.eval.voters) < 2:
         raise UserError("eval.epochs or eval.voters is too short", need="an epoch count and two numbers of voters")
+    for number in range(1, config.run.rounds + 1):
+        check_variant(config, number)
+
+
+def check_variant(config: Config, number: int) -> None:
+    """Refuse an overlay of round `number` with settings of what earlier rounds have made. Raises UserError."""
+    read_before = {"sft", "eval.epochs", "eval.epoch_samples"}
+    if number > 1:
+        read_before |= {"model", "problems", "search", "eval.completions"}
+    overlay = config.rounds.get(f"r{number}") or {}
+    keys = {*overlay, *(f"eval.{key}" for key in overlay.get("eval") or {})}
+    if unread := ", ".join(sorted(keys & read_before)):
+        raise UserError(
+            f"rounds.r{number} sets {unread}, which round {min(number - 1, 1)} has read",
+            need="settings of the verifier, of its rows or of its ranking",
+            how="other generators and completions are a run of their own: run.dir=PATH",
+        )
 
 
 def check(config: Config) -> ProblemSet:
@@ -377,9 +394,17 @@ def check(config: Config) -> ProblemSet:
     problems = load_problems(config.problems)
     if not problems.heldout:
         raise UserError("no held-out problems", need="problems.heldout or problems.heldout_path")
-    if config.sft.lora_rank or config.verifier.lora_rank:
-        check_peft()
     check_base(config.model, config.run)
+    sections = [for_round(config, number).verifier for number in range(1, config.run.rounds + 1)]
+    if any(section.lora_rank for section in (config.sft, *sections)):
+        check_peft()
+    for init in {section.init for section in sections} - {"generator", "base"}:
+        try:  # its prompts are made already
+            check_base(replace(config.model, base=init, template="{question}"), config.run)
+        except UserError as error:
+            raise UserError(
+                f"verifier.init={init}: {error.got}", need=error.need, how="generator, base or a model"
+            ) from error
     return problems
 
 
