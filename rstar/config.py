@@ -41,6 +41,17 @@ INPUT: Mapping[str, Any] = {"input": True}
 """Marks a setting that names input files: two values are the same where the contents are."""
 
 
+def input_or(*names: str) -> Mapping[str, Any]:
+    """Marks as `INPUT` does a setting that also takes these names, which are no files even where such files are."""
+    return {**INPUT, "names": names}
+
+
+def named_file(field: dataclasses.Field[Any], value: str, folder: Path = Path()) -> Path | None:
+    """The file or folder that a value of an `INPUT` field names, relative to `folder`; None where there is none."""
+    path = folder / Path(value).expanduser()
+    return path if value and value not in field.metadata.get("names", ()) and path.exists() else None
+
+
 def _each_once(values: list[int]) -> list[int]:
     if not values or len(set(values)) < len(values):
         raise ValueError("one or more, each once")
@@ -76,7 +87,7 @@ class ModelSection:
     """The policy's base model."""
 
     base: str = field(
-        default="???", metadata=INPUT
+        default="???", metadata=input_or("smollm2", "tiny")
     )  # a folder or a hub id; "smollm2" is the registry package's SmolLM2-135M-Instruct
     template: str = (
         "chat"  # chat: the tokenizer's chat template; slm: rStar-Math's own prompt; else a text with {question}
@@ -289,7 +300,7 @@ class VerifierSection(TrainSection):
     epochs: NonNegative = 1
     learning_rate: NonNegative = 1e-5
     init: str = field(
-        default="generator", metadata=INPUT
+        default="generator", metadata=input_or("generator", "base", "smollm2", "tiny")
     )  # generator, base, or a model folder or hub id of another size
     level: Literal["token", "solution"] = (
         "token"  # token: a value after every token of a solution; solution: after its last one
@@ -494,13 +505,13 @@ def _beside(schema: type[Any], layer: dict[str, Any], folder: Path) -> dict[str,
     """The layer of a file with the relative paths of input files (settings marked `INPUT`) made absolute where they are
     there in the file's own folder; the others stay relative to the working folder."""
 
-    def found(value: Any) -> Any:
+    def found(field: dataclasses.Field[Any], value: Any) -> Any:
         if isinstance(value, list):
-            return [found(one) for one in value]
+            return [found(field, one) for one in value]
         if isinstance(value, Mapping):
-            return {key: found(one) for key, one in value.items()}
-        path = folder / value if isinstance(value, str) and value not in ("", "smollm2", "tiny") else None
-        return str(path.resolve()) if path is not None and path.exists() else value
+            return {key: found(field, one) for key, one in value.items()}
+        path = named_file(field, value, folder) if isinstance(value, str) else None
+        return str(path.resolve()) if path is not None else value
 
     def below(kind: Any, node: Mapping[str, Any]) -> dict[str, Any]:
         fields = {one.name: one for one in dataclasses.fields(kind)}
@@ -508,7 +519,7 @@ def _beside(schema: type[Any], layer: dict[str, Any], folder: Path) -> dict[str,
         made = dict(node)
         for name in fields.keys() & node.keys():
             if fields[name].metadata.get("input"):
-                made[name] = found(node[name])
+                made[name] = found(fields[name], node[name])
             elif dataclasses.is_dataclass(kinds[name]) and isinstance(node[name], Mapping):
                 made[name] = below(kinds[name], node[name])
         return made

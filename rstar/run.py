@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from rstar.call import Call, call_of, read_call
-from rstar.config import ClusterSection, RunSection, digest, for_round, load, to_json
+from rstar.config import ClusterSection, RunSection, digest, for_round, load, named_file, to_json
 from rstar.machine import software
 from rstar.manifest import RoundDir, StageRecord, run_dir
 from rstar.problems import ProblemSet
@@ -453,7 +453,7 @@ def _files(name: str, value: Any) -> Iterator[tuple[str, Path]]:
             yield from _files(key, found)
             continue
         for name_below, text in _by_name(found).items() if isinstance(found, (list, dict)) else [("", found)]:
-            if text and (path := Path(text).expanduser()).exists():
+            if (path := named_file(one, text)) is not None:
                 yield f"{key}.{name_below}".rstrip("."), path
 
 

@@ -472,6 +472,21 @@ def test_a_verifier_s_start_is_the_same_where_its_contents_are(run: Path, tiny_m
     assert [key for key, _, _ in stage(moved).changes(made)] == ["verifier.init"]
 
 
+def test_names_of_a_start_are_no_files_even_where_such_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither beside the config nor in the working folder."""
+    for name in ("generator", "base", "tiny"):
+        (tmp_path / name).mkdir()
+    text = Path("configs/outcome_verifier/tiny.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text + "  r1: {verifier: {init: base}}\n")
+    monkeypatch.chdir(tmp_path)
+    _, config = load_config("c.yaml", [f"run.dir={tmp_path / 'run'}"])
+    stages = [one for one in outcome_verifier.RECIPE.planned(config) if one.name == "verifier"]
+    assert [one.settings["verifier"]["init"] for one in stages] == ["base", "generator"]
+    assert not any({"verifier.init", "model.base"} & one.inputs.keys() for one in stages)
+
+
 def test_step_delimiters_of_an_earlier_attempt_are_not_taken_for_the_base(tiny_model: Path, tmp_path: Path) -> None:
     """The base stage was made again without model.step_tokens, its old folder is still there."""
     shutil.copytree(tiny_model, tmp_path / "round_00" / "start")
