@@ -404,8 +404,9 @@ class HfPolicy(Engine[_Prompt]):
 
     def _request_seed(self, ids: tuple[int, ...], params: SamplingParams) -> bytes:
         key = hashlib.blake2b(repr((self.seed, params.seed, params.adapter, ids)).encode(), digest_size=16).digest()
-        self._asked[key] = self._asked.get(key, 0) + 1  # asking again gives other samples
-        return key + self._asked[key].to_bytes(4, "big")
+        if params.temperature > 0:  # asking again gives other samples; a greedy pass before does not change them
+            self._asked[key] = self._asked.get(key, 0) + 1
+        return key + self._asked.get(key, 0).to_bytes(4, "big")
 
     def _tick(self, new: Sequence[_Prompt]) -> list[tuple[_Prompt, Any]]:
         self._queue.extend(new)

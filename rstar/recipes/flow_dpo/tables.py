@@ -71,6 +71,7 @@ def margin_table(margins: Mapping[str, tuple[Margins, Margins]], steps: Mapping[
         ]
         for role, (before, after) in margins.items()
     ]  # fmt: skip
+    rows += [[role, str(steps[role]), "0", *["-"] * 5] for role in steps if role not in margins]
     heads = ["adapter", "steps", "pairs", "margin before", "after", "ranked rightly, %", "loss before", "after"]
     note = (
         f"held-out pairs of the untrained flow, margins in nats; mean staleness of the stream: {staleness:.1f} problems"
