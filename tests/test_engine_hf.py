@@ -253,6 +253,15 @@ async def test_more_samples_than_rows_are_all_returned_and_differ(tiny_model):
     assert {g.text for g in again} != {g.text for g in generations}, "asking again must give new samples"
 
 
+async def test_a_greedy_pass_does_not_change_what_a_later_pass_draws(tiny_model):
+    """After a kill, a resumed job that has its greedy trees draws the same samples as one that made them."""
+    greedy, sampled = SamplingParams(temperature=0.0, max_tokens=8), SamplingParams(n=4, max_tokens=8)
+    alone = await fresh(tiny_model).generate(PROMPTS[0], sampled)
+    engine = fresh(tiny_model)
+    await engine.generate(PROMPTS[0], greedy)
+    assert [g.text for g in await engine.generate(PROMPTS[0], sampled)] == [g.text for g in alone]
+
+
 async def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(reference, tiny_model, policy):
     engine = fresh(tiny_model)
     doomed = asyncio.create_task(engine.generate(PROMPTS[3], SamplingParams(n=4, max_tokens=1500)))

@@ -32,7 +32,7 @@ from rstar.recipes.flow_dpo import stop_rows
 from rstar.recipes.flow_dpo.compile import judge
 from rstar.recipes.flow_dpo.passes import single_pass
 from rstar.recipes.flow_dpo.stream import committed, read_stream, stream
-from rstar.recipes.flow_dpo.tables import progressive_accuracy, progressive_curve
+from rstar.recipes.flow_dpo.tables import margin_table, progressive_accuracy, progressive_curve
 from rstar.recipes.rows import reference_rows
 from rstar.report.results import results, results_table
 from rstar.search.expand import Expander, Tools
@@ -595,6 +595,11 @@ def test_progressive_accuracy_of_the_golden_outcomes() -> None:
     assert [round(value, 4) for value in found] == [1.0, 0.5, 0.6667, 0.75]
     points = progressive_curve({"flow": [True, False] * 50})["series"]["flow"]
     assert len(points) == 12 and points[-1][:2] == [100, 0.5]
+
+
+def test_an_adapter_without_held_out_pairs_is_shown_with_none() -> None:
+    (row,) = margin_table({}, {"answer": 3}, 0.0)["rows"]
+    assert row == ["answer", "3", "0", "-", "-", "-", "-", "-"]
 
 
 def test_a_judge_that_prefers_what_comes_first_gives_ties() -> None:
